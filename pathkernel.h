@@ -36,7 +36,7 @@
  * training     losses, gradients of batches; products with Jacobians and second derivatives, Jacobians; update rules and their linear
  *              form, schedules, clipping
  * run          pk_run_open: a recorded run, from here or from PyTorch; recording from a loop of your own; the weights of any
- *              step of a run that keeps every k-th one; pk_train: the training loop, recorded
+ *              step of a run that keeps every k-th one; averages of them; pk_train: the training loop, recorded
  * path         rules that integrate a network along one step, exactly where it is piecewise linear
  * features     (internal) gradients of rows, their integrals along a step, and their inner products
  * attribution  pk_decompose, pk_decompose_parts, pk_decompose_plan; pk_decompose_reference: the same by its definition, slow,
@@ -49,6 +49,7 @@
  *              between the nodes of a graph; pk_novelty: is a row like the training rows
  *              to read and to test with; pk_compare: what cheaper rules leave of a run
  * kernels      pk_kernel_ntk, pk_kernel_ntk_trace
+ * binding      pk_layout: where the fields of the structs are, for callers from other languages
  * CONTENTS
  * easy
  *   train               pk_train: the training loop, recorded
@@ -152,7 +153,7 @@
 #define PK__PRAGMA(text) _Pragma(#text)
 
 /* How gcc compiles the functions at -O2 and -O3, most of whose time it would spend where it saves none. Where the caller
- * wants no or small code, that is what they are, too. Those of tile.h and elementary.h are as the caller asks.
+ * wants no or small code, that is what they are, too. Those of elementary.h are as the caller asks.
  * WARM: all others, without passes whose work does not show in the time of the jobs (docs/performance.md).
  * COLD: modules that run once a call, a step, a layer or a row, not once a number: texts, files, checks, plans, loops of
  * calls. As with -Og, without those of its passes that cost more time than they save in code; copies are propagated, for
@@ -174,6 +175,7 @@
 #define PK__WARM_END _Pragma("GCC pop_options")
 #define PK__COLD_END _Pragma("GCC pop_options")
 #else
+#define PK__WITH(options)
 #define PK__WARM_BEGIN
 #define PK__WARM_END
 #define PK__COLD_BEGIN
@@ -434,19 +436,34 @@ PK_API void pk_matrix_backend(char *text, size_t size);
 
 PK__END_C
 
-/* pathkernel/math/factorize.h: eigenvalues of symmetric matrices, and singular values, in double.
+/* pathkernel/math/factorize.h: Cholesky's factor and eigenvalues of symmetric matrices, and singular values, in double.
  *
- * Symmetric: Householder's reduction to a tridiagonal matrix, then QL with implicit shifts (Martin, Reinsch and Wilkinson 1968;
- * EISPACK's tred2 and tql2): backward stable, 3 n^3 flops or so with all vectors. Singular values: one-sided Jacobi
- * rotations (Hestenes 1958), which give small ones to more digits than a Gram matrix could (Demmel and Veselic 1992).
- * One thread; the same bits whatever the context says.
+ * Cholesky: by blocks of columns from the left, matrix products in between. Eigenvalues: Householder's reduction to a
+ * tridiagonal matrix, then QL with implicit shifts (Martin, Reinsch and Wilkinson 1968; EISPACK's tred2 and tql2): backward
+ * stable, 3 n^3 flops or so with all vectors. Without vectors the reduction goes by blocks of columns, half of its 4/3 n^3
+ * flops in matrix products (Dongarra, Sorensen and Hammarling 1989). Singular values: one-sided Jacobi rotations (Hestenes
+ * 1958), which give small ones to more digits than a Gram matrix could (Demmel and Veselic 1992).
+ *
+ * The work is cut in the same way for any number of threads, so that the bits are the same. With PATHKERNEL_LAPACK defined (and
+ * -llapack) LAPACK factorizes and finds the eigenvalues; its bits are its own.
  */
 PK__BEGIN_C
+
+/* matrix (n x n, symmetric positive definite, of which the lower triangle is read) becomes its Cholesky factor L, lower
+ * triangular with matrix = L L^T; what stands above the diagonal stays. PK_ARGUMENT: not positive definite; *row is then the
+ * first row that is not, and may be NULL. PK_NOT_FINITE. Cost n^3/3 flops, in threads. */
+PK_API PK__MUST_USE pk_status pk_cholesky(pk_context *context, size_t n, double *matrix, size_t *row);
+
+/* Replaces the columns of right (n x cols, row-major) by x with L L^T x = right; or, where half is 1, by x with L x = right.
+ * L as pk_cholesky made it. Cost 2 n^2 flops a column and triangle, in threads by columns. */
+PK_API PK__MUST_USE pk_status pk_cholesky_solve(pk_context *context, size_t n, const double *factor, int half,
+                                                size_t cols, double *right);
 
 /* values (n), ascending, and vectors (n x n, row k: that of values[k], of length 1) of a symmetric matrix (n x n, of which the
  * lower triangle is read): matrix = sum_k values[k] v_k v_k^T, to a few roundings of its largest value. vectors may be the
  * matrix itself, or NULL. PK_ARGUMENT: NULL, or not symmetric to 1e-6 of its largest number; PK_NOT_FINITE names the first
- * number; PK_OVERFLOW, PK_MEMORY, PK_MEMORY_LIMIT. Memory: n^2 numbers where vectors is NULL, and n. */
+ * number; PK_OVERFLOW, PK_MEMORY, PK_MEMORY_LIMIT. Memory: n^2 numbers where vectors is NULL, and 140 n. In threads where vectors is
+ * NULL. */
 PK_API PK__MUST_USE pk_status pk_symmetric_eigenvalues(pk_context *context, size_t n, const double *matrix,
                                                        double *values, double *vectors);
 
@@ -461,6 +478,94 @@ PK_API PK__MUST_USE pk_status pk_singular_values(pk_context *context, size_t row
 /* The smallest r for which the r largest squares of the values, which are in descending order, are at least `fraction` of their
  * sum; 0 where all are 0. With the singular values of a sensitivity and 0.95: its signal dimension. */
 PK_API size_t pk_signal_dimension(size_t count, const double *values, double fraction);
+
+PK__END_C
+
+/* pathkernel/math/measure.h: how far two Gram matrices are alike, what a spectrum says, and how two lists of predictions or of
+ * scores are related. Plain functions of numbers, in double, one thread but for the products of Gram matrices.
+ *
+ * A measure that is 0/0 (a correlation with a constant list, an alignment with a matrix of zeros) is NaN, as SciPy has it, and
+ * no error. Sums over n^2 numbers go by rows, so that their rounding grows with n.
+ */
+PK__BEGIN_C
+
+/* ---- two lists of n numbers. PK_NOT_FINITE names the first number that is not. ---- */
+
+/* Pearson's correlation, sum (a - mean)(b - mean) / (|a - mean| |b - mean|), in [-1, 1]; NaN where a list is constant or n < 2. */
+PK_API PK__MUST_USE pk_status pk_pearson(pk_context *context, size_t n, const double *a, const double *b,
+                                         double *correlation);
+
+/* Spearman's: Pearson's of the ranks, equal numbers having the mean of their ranks. Memory: 4 n numbers. */
+PK_API PK__MUST_USE pk_status pk_spearman(pk_context *context, size_t n, const double *a, const double *b,
+                                          double *correlation);
+
+/* Kendall's tau-b: (concordant - discordant pairs) / sqrt((pairs not equal in a) (pairs not equal in b)). n log n operations
+ * (Knight 1966). NaN where a list is constant or n < 2. Memory: 3 n numbers. */
+PK_API PK__MUST_USE pk_status pk_kendall(pk_context *context, size_t n, const double *a, const double *b,
+                                         double *tau);
+
+/* How many of the k largest of a are among the k largest of b, divided by k; of equal ones the first count as larger.
+ * PK_ARGUMENT where k is 0 or above n. */
+PK_API PK__MUST_USE pk_status pk_top_overlap(pk_context *context, size_t n, const double *a, const double *b,
+                                             size_t k, double *share);
+
+/* ---- one Gram matrix (n x n, symmetric) ---- */
+
+typedef struct pk_gram_measures {
+    double trace, least, largest; /* of the matrix and its eigenvalues v */
+    double
+        effective_rank; /* exp(-sum p log p), p = v / sum v (Roy and Vetterli 2007); NaN: some v < -1e-10 trace */
+    double participation_ratio; /* (sum v)^2 / sum v^2 */
+    double trace_over_max;      /* sum v / max v */
+} pk_gram_measures;
+
+/* Cost: an eigenvalue problem without vectors (factorize.h). */
+PK_API PK__MUST_USE pk_status pk_measure_gram(pk_context *context, size_t n, const double *gram,
+                                              pk_gram_measures *measures);
+
+/* y^T K y / (|K| |y|^2), the alignment of K with y y^T, |K| Frobenius' norm (Cristianini et al. 2001; over the steps of a run that
+ * of silent alignment, Atanasov et al. 2021). targets: y (n). */
+PK_API PK__MUST_USE pk_status pk_target_alignment(pk_context *context, size_t n, const double *gram,
+                                                  const double *targets, double *alignment);
+
+/* Kernel specialization (Shan and Bordelon 2021): special[c d] = A(K_cc, y_d) / mean over c' of A(K_c'c', y_d), A the target
+ * alignment, y_d 1 for the rows of class d and 0 for others. grams: outputs x n x n, K_cc; labels (n) below classes; special:
+ * outputs x classes. */
+PK_API PK__MUST_USE pk_status pk_kernel_specialization(pk_context *context, size_t outputs, size_t n,
+                                                       const double *grams, size_t classes,
+                                                       const int64_t *labels, double *special);
+
+/* ---- two Gram matrices (n x n, symmetric) ---- */
+
+typedef struct pk_gram_pair_measures {
+    double alignment; /* <K, L> / (|K| |L|) */
+    double distance; /* 1 - alignment (Fort et al. 2020); divided by the steps between: the kernel's velocity */
+    double cka;      /* <H K H, L> / (|H K H| |H L H|), H = I - 1/n (Kornblith et al. 2019) */
+    double
+        cka_unbiased; /* the same of HSIC_1 (Song et al. 2012): [tr KL + (1'K1)(1'L1)/((n-1)(n-2)) - 2/(n-2) 1'KL1] / (n(n-3)),
+                          * diagonals zeroed; NaN for n < 4 */
+} pk_gram_pair_measures;
+
+/* Cost: some n^2 operations. Memory: 6 n numbers. */
+PK_API PK__MUST_USE pk_status pk_measure_gram_pair(pk_context *context, size_t n, const double *first,
+                                                   const double *second, pk_gram_pair_measures *measures);
+
+/* ---- predictions of a surrogate against those of a network: logits (m x classes) ---- */
+
+typedef struct pk_prediction_measures {
+    /* Of the softmax probability p of the right class, on the rows where neither is exactly 0 or 1: */
+    double kendall, pearson, spearman;
+    double log_odds_r2; /* the square of Pearson's correlation of log p / (1 - p) */
+    size_t left_out;    /* the other rows */
+    /* On all rows, the prediction being the first largest logit: */
+    double r_miss; /* rows that both get wrong / rows that one of them or both get wrong; NaN: no such row */
+    double tad;    /* test accuracy difference: the surrogate's less the network's */
+} pk_prediction_measures;
+
+/* labels (m) below classes. Memory: 8 m numbers. */
+PK_API PK__MUST_USE pk_status pk_measure_predictions(pk_context *context, size_t m, size_t classes,
+                                                     const double *surrogate, const double *network,
+                                                     const int64_t *labels, pk_prediction_measures *measures);
 
 PK__END_C
 
@@ -550,7 +655,10 @@ PK_API void pk_array_release(pk_context *context, pk_array *array);
 /* out[i] = item first + i (flat index) for i < count, converted; the items must exist. */
 PK_API void pk_array_reals(const pk_array *array, size_t first, size_t count, pk_real *out);
 
-/* The same from memory or, where the array has a file that is open, from there: from several threads, too. PK_IO where the
+/* The same as double. */
+PK_API void pk_array_doubles(const pk_array *array, size_t first, size_t count, double *out);
+
+/* As pk_array_reals from memory or, where the array has a file that is open, from there: from several threads, too. PK_IO where the
  * file has become shorter, which a mapping answers with SIGBUS. */
 PK_API PK__MUST_USE pk_status pk_array_read(pk_context *context, const pk_array *array, size_t first,
                                             size_t count, pk_real *out);
@@ -1399,6 +1507,10 @@ typedef struct pk_optimizer {
     double lr_decay;     /* adagrad */
     double initial_accumulator_value; /* adagrad: the sum of squares before step 0 */
     double momentum_decay;            /* nadam */
+    /* Of training that goes on from a state that an optimizer had reached (run.h, initial_state.npy); not part of the text. */
+    size_t
+        initial_step; /* updates made before step 0: the corrections at step s are those of update initial_step + s + 1 */
+    int initial_state; /* 1: the state before step 0 is given, so that no rule of a first step applies */
 } pk_optimizer;
 
 /* PyTorch's defaults: sgd all 0; adam 0.9, 0.999, 1e-8, no decay; adamw the same with weight_decay 0.01; nadam the same as
@@ -1439,7 +1551,7 @@ PK_API int pk_optimizer_stateless(const pk_optimizer *optimizer);
 
 /* One step: update = D_s, so that w_{s+1} = w_s + D_s, for the gradient gradient_scale * gradient.
  * step counts from 0; state (state_vectors x P) is zero before step 0 (of adagrad, too: its initial value is added at step
- * 0) and is carried on; NULL where there is none. weights, gradient, update: P numbers; state and update overlap nothing; update NULL: only the state is
+ * 0), or with optimizer->initial_state the one to begin with, and is carried on; NULL where there is none. weights, gradient, update: P numbers; state and update overlap nothing; update NULL: only the state is
  * wanted. Every number is computed on its own, so that a part of the P will do. The optimizer has passed
  * pk_optimizer_check. Cost: one pass; no allocation. Agrees with PyTorch to rounding; D_s is rounded
  * relative to itself and not to w_s. As in PyTorch, epsilon = 0 where v = 0 gives NaN. Where rounding makes the variance
@@ -1449,7 +1561,7 @@ PK_API void pk_optimizer_update(const pk_optimizer *optimizer, size_t step, doub
                                 double gradient_scale, size_t parameters, const pk_real *weights,
                                 const pk_real *gradient, pk_real *state, pk_real *update);
 
-/* D_s as a linear function of gradients. With g' = gradient_scale g + coupled w_s and m_0 = 0:
+/* D_s as a linear function of gradients. With g' = gradient_scale g + coupled w_s, and m_0 = 0 or a state to begin with:
  *     m_{s+1} = carry m_s + gain g'
  *     D_s     = - p o (enter m_{s+1} + direct g') - decoupled w_s
  * where p scales the gradients on their way into m (rmsprop with momentum):
@@ -1573,6 +1685,9 @@ PK__END_C
  *     group_rates.npy      (S, G)   float64, optional: the rates of the groups, one column a `group` line
  *     second_moments.npy   (S, P)   float32 or float64, optional: what the optimiser divided by the root of: v of adam, adamw and
  *                          nadam after each step (the largest so far with amsgrad), the sum of adagrad, v of rmsprop
+ *     initial_state.npy    (V, P)   float64 or float32, where run.txt has `initial_step K`: the optimizer's vectors before step
+ *                          0 (optimizer.h), of a run that goes on from K updates of an optimizer; a tensor whose rule has fewer
+ *                          vectors than others does not read the last ones
  *     resume_state.npy     (2, 2 + V P) float64, optional: in each row a step s, a hash of the bits of w_s and of the
  *                          optimizer's V vectors before it, and these; rewritten in turn while a run is recorded, for
  *                          nothing but resuming it
@@ -1614,6 +1729,7 @@ typedef struct pk_run {
     pk_array weights;              /* (at least steps / k + 1, P) */
     pk_array optimizer_states;     /* (at least steps / k + 1, V P); data is NULL where absent */
     pk_array second_moments;       /* (at least steps, P); data is NULL where absent */
+    pk_array initial_state;        /* (V, P); data is NULL where the optimizer begins without a state */
     const double *learning_rates;  /* steps */
     const int64_t *batch_offsets;  /* steps + 1 */
     const int64_t *batch_items;    /* batch_offsets[steps] */
@@ -1677,6 +1793,10 @@ PK_API PK__MUST_USE pk_status pk_run_weights(pk_context *context, const pk_run *
 PK_API PK__MUST_USE pk_status pk_run_second_moments(pk_context *context, const pk_run *run, size_t step,
                                                     pk_real *moments);
 
+/* state (V P, V of pk_parameter_groups_state_vectors) := the optimizer's vectors before step 0: those of initial_state.npy, or
+ * zeros. PK_ARGUMENT, and what reading gives. */
+PK_API PK__MUST_USE pk_status pk_run_initial_state(pk_context *context, const pk_run *run, pk_real *state);
+
 PK__END_C
 
 /* pathkernel/run/record.h: writes the run directory of run.h while training, and resumes it.
@@ -1703,6 +1823,10 @@ typedef struct pk_recorder_options {
     const char *optimizer;         /* "adamw beta2=0.98"; NULL: "sgd" */
     const char *const *groups;     /* group lines such as "1,3 weight_decay=0" (groups.h); NULL: none */
     size_t group_count;
+    /* Of training that goes on from a state which an optimizer had reached before (run.h): its vectors (V P), and how many updates
+     * it had made; NULL: it begins without one. */
+    const pk_real *initial_state;
+    size_t initial_step;
     int group_rates;     /* 1: record group_rates.npy: pk_recorder_group_rates before each step */
     int float32;         /* 1: weights (and second moments) as float32; default float64 */
     int batch_weights;   /* 1: record batch_weights.npy */
@@ -1819,7 +1943,8 @@ typedef struct pk_trainer {
     const double *group_rates;         /* the groups' rates at the next step; NULL: their factors hold */
     size_t state_numbers;              /* V P */
     pk_real *gradient;                 /* P: of the last step */
-    pk_real *state;                    /* state_numbers: the optimizer's vectors; zero before step 0 */
+    /* state_numbers: the optimizer's vectors; zero before step 0, or what the caller sets, who gave an optimizer with initial_state. */
+    pk_real *state;
     pk_gradient_workspace workspace;
     void *memory; /* private */
 } pk_trainer;
@@ -1902,6 +2027,57 @@ PK_API PK__MUST_USE pk_status pk_replay_weights(pk_context *context, pk_replay *
 
 PK__END_C
 
+/* pathkernel/run/average.h: averages of a run's weights along training, as weights that one predicts with: an exponential moving
+ * average (EMA), or the mean of every k-th step from some step on (stochastic weight averaging, SWA: Izmailov et al. 2018).
+ *
+ * An average a_s of w_0 .. w_s has a path of its own, a_0 = w_0 to a_S. With the weight c_s that update s gives to the new weights,
+ *
+ *     a_{s+1} = a_s + c_s (w_{s+1} - a_s),
+ *     c_s = 1 up to step FROM: the average is w itself and starts there; 0 where no update is made,
+ *     c_s = 1 - BETA (EMA), 1 / (the number of weights in the mean) (SWA).
+ *
+ * Its steps are linear in those of the weights, D_s. With the lag e_s = w_s - a_s, which is 0 at the start,
+ *
+ *     d_s = a_{s+1} - a_s = c_s (e_s + D_s),     e_{s+1} = (1 - c_s) (e_s + D_s),
+ *
+ * one more linear vector beside the momentum of the optimizer (optimizer.h). So f(a_S, x) is decomposed exactly along the path of
+ * the average: with Psi_s(x) the integral of df/dw from a_s to a_{s+1},
+ *
+ *     f(a_S, x) - f(w_0, x) = sum_s < Psi_s, d_s > = sum_s < T_s, D_s >,     T_s = c_s Psi_s + (1 - c_s) T_{s+1},   T_S = 0.
+ *
+ * T_s, carried backward in time on the test side, takes the place of Phi_s in the decomposition of the last weights
+ * (attribution/decompose.h), and all else stays: the optimizer's linear form, decay, what is inherited or unattributed.
+ */
+PK__BEGIN_C
+
+typedef enum pk_average_kind { PK_AVERAGE_NONE = 0, PK_AVERAGE_EMA, PK_AVERAGE_SWA } pk_average_kind;
+
+/* Zeroed: the weights themselves. */
+typedef struct pk_average {
+    pk_average_kind kind;
+    double beta;  /* EMA: what stays of the average in an update, in [0, 1) */
+    size_t from;  /* the average starts as w_from, the weights after `from` steps */
+    size_t every; /* then there is an update after every so many steps; 0: 1 */
+} pk_average;
+
+/* "ema:BETA", "ema:BETA:FROM", "ema:BETA:FROM:EVERY", "swa:FROM:EVERY". ema:BETA starts at w_0, as timm's; torch's AveragedModel,
+ * updated after each step, starts as a copy of w_1: ema:BETA:1. swa:FROM:EVERY is the mean of w_FROM, w_{FROM+EVERY}, and so on.
+ * PK_ARGUMENT tells what is wrong; *average is untouched then. */
+PK_API PK__MUST_USE pk_status pk_average_parse(pk_context *context, const char *text, pk_average *average);
+
+/* Whether there is such an average of a run of so many steps. PK_ARGUMENT names the field. */
+PK_API PK__MUST_USE pk_status pk_average_check(pk_context *context, const pk_average *average, size_t steps);
+
+/* c_s, see above; 1 without an average. */
+PK_API double pk_average_weight(const pk_average *average, size_t step);
+
+/* weights (P) := a_S of the run's first run->steps steps. Reads the weights of the steps that have a part in it, of a run with
+ * keep_every all. PK_ARGUMENT, PK_MEMORY, PK_MEMORY_LIMIT, and the statuses of pk_replay_weights. */
+PK_API PK__MUST_USE pk_status pk_run_average(pk_context *context, const pk_run *run, const pk_average *average,
+                                             pk_real *weights);
+
+PK__END_C
+
 /* pathkernel/run/train.h: the training loop: batches, gradient, clipping, update, recording, resuming.
  *
  * The bits of every step depend on the options alone, neither on the number of threads nor on recording, nor on where a
@@ -1915,6 +2091,10 @@ typedef struct pk_train_options {
     const pk_criterion *criterion; /* a loss with options; NULL: the loss with PyTorch's defaults */
     pk_optimizer optimizer;        /* zero: plain SGD */
     pk_schedule schedule;          /* schedule.rate alone: that rate at every step */
+    /* To go on from a state which the optimizer reached in training that is not a part of this: its vectors (V P, as in pk_trainer),
+     * and how many updates it had made. NULL and 0: it begins without one. It is recorded (run.h, initial_state.npy). */
+    const pk_real *initial_state;
+    size_t initial_step;
     /* Parameter groups: group_count lines such as "1,3,5-7 weight_decay=0 rate=0.1" (groups.h), or none; their schedules,
      * one a group, of rates that are no factors, or NULL. */
     const char *const *groups;
@@ -2102,7 +2282,8 @@ PK__END_C
  *                                    `--> failed --halving does not help--> accepted, handed over
  *                                              `--halved--> waiting
  *
- * until none waits. A batch is full before it is handed over, whatever stage its points come from, and pieces are tested only
+ * until none waits. With a loose tolerance the whole step of each row is tested first, without a look at its kinks (adaptive.h). A
+ * batch is full before it is handed over, whatever stage its points come from, and pieces are tested only
  * when all earlier points stand in a batch: batches depend on shapes alone, and the tape still has the values of the last
  * test at the points that are handed over (path.h finds them there).
  */
@@ -2257,6 +2438,8 @@ enum { PK_BY_EXAMPLE = 1, PK_BY_GROUP = 2, PK_BY_STEP = 4, PK_BY_LAYER = 8, PK_B
 
 typedef struct pk_decompose_options {
     pk_quadrature quadrature;
+    pk_average
+        average; /* decomposes the outputs of an average of the weights, along its own path (run/average.h); zeroed: none */
     /* 0: PK_TOLERANCE. A row is closed where |closure| is at most tolerance times its largest contribution (below), or
      * min(tolerance, PK_CLOSURE_ROUNDING) times its largest |initial| or |final|. Cost falls with a looser one. */
     double tolerance;
@@ -2294,14 +2477,15 @@ typedef struct pk_tensor {
 
 typedef struct pk_decomposition {
     size_t first_row, rows, outputs, examples, groups, steps, layers;
-    double *initial, *final, *data, *decay, *unattributed,
-        *closure; /* rows x outputs; data: sum over examples */
+    /* rows x outputs; data: the sum over the examples; inherited: of the state that the optimizer begins with (run.h), else 0:
+     * final = initial + data + decay + inherited + unattributed + closure */
+    double *initial, *final, *data, *decay, *inherited, *unattributed, *closure;
     pk_tensor kept[PK_KEPT];
     size_t kept_count;
     double *by_example, *by_step, *by_layer; /* (rows, outputs, examples | steps | layers) if kept, else NULL */
     double *bounds;                          /* rows x outputs x examples, or NULL */
     double *step_closure;                    /* rows x outputs x steps, or NULL */
-    /* The certificate. A row's largest contribution is the largest of the kept numbers, of data, decay and unattributed
+    /* The certificate. A row's largest contribution is the largest of the kept numbers, of data, decay, inherited and unattributed
      * and of the sum over the steps of the change that each made, over all outputs. worst_closure: |closure| / (the
      * largest of these and of |initial| and |final| of the row); worst_relative: |closure| / (its largest contribution
      * alone), which in tiny steps of a trained network is rounding of the outputs; worst_excess: |closure| / (what the
@@ -2397,6 +2581,9 @@ PK__END_C
  * so that the contribution of example i at step s is -scale_s < E_s, g_i > (decompose.h; training/optimizer.h has the linear
  * form: carry, enter, gain, direct, p). Phi_s and R are large, so they go through the cache in parts: some outputs of one layer of
  * one row. With parameter groups the linear form differs by ranges of the weights.
+ *
+ * Of an average of the weights, T_s = c_s Phi_s + (1 - c_s) T_{s+1} stands in the place of Phi_s, with Phi_s along the average's own
+ * path (run/average.h). What a state to begin with contributes is - carry_0 < R_0, m_0 >.
  */
 
 /* pathkernel/attribution/bounds.h: how far a result may be off: bounds on single entries, and the certificate of the whole.
@@ -2439,7 +2626,7 @@ PK__END_C
 /* pathkernel/attribution/decompose.h: the predictions of a recorded run, decomposed over its training examples to
  * rounding error, and certified.
  *
- *     h(f(w_S, x)) = initial + sum_i A(x, i) + decay + unattributed + closure
+ *     h(f(w_S, x)) = initial + sum_i A(x, i) + decay + inherited + unattributed + closure
  *
  * (Domingos 2020; Bell et al. 2023, the exact path kernel.) With D_s = w_{s+1} - w_s and
  * Phi_s(x) = integral_0^1 grad_w h(f(w_s + t D_s, x)) dt, the left side is initial + sum_s Phi_s D_s. An
@@ -2449,7 +2636,9 @@ PK__END_C
  *     E_s = gain_s R_s + direct_s p_s o Phi_s,   R_s = carry_{s+1} R_{s+1} + enter_s p_s o Phi_s,   R_S = 0:
  *
  * stateful optimisers run in reverse time on the test side, without a vector per training example. decay is
- * the part of weight decay, unattributed that of u_s = D_s - (the update recomputed in double).
+ * the part of weight decay, unattributed that of u_s = D_s - (the update recomputed in double). A run that begins with an
+ * optimizer's state has one more term, what is inherited from it: - carry_0 < R_0(x), m_0 >. The outputs of an average of
+ * the weights are decomposed along the path of the average (run/average.h).
  */
 PK__BEGIN_C
 
@@ -2554,21 +2743,27 @@ PK__END_C
  *
  *     Phi_s(x) = integral_0^1 J(w_s + t D_s, x) dt,                      D_s = w_{s+1} - w_s
  *     g_{s,i}' = scale_s c_{s,i} grad l_i(w_s),                          decay: coupled_s w_s
- *     m_{s,i}  = carry_s m_{s-1,i} + gain_s g_{s,i}',                    one momentum for each example, and one for decay
+ *     m_{s,i}  = carry_s m_{s-1,i} + gain_s g_{s,i}',                    one momentum for each example, one for decay, and one
+ *                                                                        that the optimizer begins with and that gets no gradient
  *     D_{s,i}  = - p_s o (enter_s m_{s,i} + direct_s g_{s,i}'),          decay: - decoupled_s w_s besides
  *     A(x, i)  = sum_s < Phi_s(x), D_{s,i} >
- *     unattributed(x) = sum_s < Phi_s(x), D_s - sum_i D_{s,i} >          decay is one of the i here
+ *     unattributed(x) = sum_s < Phi_s(x), D_s - sum_i D_{s,i} >          decay and inherited are two of the i here
  *     closure(x) = f(w_S, x) - f(w_0, x) - sum_i A(x, i) - unattributed(x)
+ *
+ * Of an average a_s of the weights (run/average.h) the same along its own path: Phi_s goes from a_s to a_{s+1}, and each D_{s,i}
+ * is taken by the average as it takes D_s: d_{s,i} = c_s (e_{s,i} + D_{s,i}), e_{s+1,i} = (1 - c_s) (e_{s,i} + D_{s,i}).
  *
  * pk_decompose carries the test side backward in time instead, and chooses the nodes of the integral itself.
  */
 PK__BEGIN_C
 
-/* The caller's arrays; all are needed. M test rows, C outputs, N training examples. */
+/* The caller's arrays; all are needed, but inherited only of a run that begins with an optimizer's state. M test rows, C outputs,
+ * N training examples. */
 typedef struct pk_reference {
     double *initial, *final;                /* M x C */
     double *by_example;                     /* M x C x N */
     double *decay, *unattributed, *closure; /* M x C */
+    double *inherited;                      /* M x C, or NULL */
 } pk_reference;
 
 /* Decomposes all outputs f(w_S, inputs) of a run (inputs: M x D), under any optimizer. The integral along each step is taken by
@@ -2579,6 +2774,12 @@ typedef struct pk_reference {
  * parts of sums then, also after PK_CANCELLED. */
 PK_API PK__MUST_USE pk_status pk_decompose_reference(pk_context *context, const pk_run *run, pk_matrix inputs,
                                                      size_t pieces, int nodes, const pk_reference *out);
+
+/* The same of f(a_S, inputs), where a is an average of the weights; initial is f(w_0, inputs). Memory: (N + 3) P numbers more.
+ * PK_ARGUMENT also as pk_average_check. */
+PK_API PK__MUST_USE pk_status pk_decompose_reference_average(pk_context *context, const pk_run *run,
+                                                             pk_matrix inputs, const pk_average *average,
+                                                             size_t pieces, int nodes, const pk_reference *out);
 
 PK__END_C
 
@@ -2600,8 +2801,8 @@ PK__END_C
  * approximation of it, at every step and for every row. (With J(w_s, x) in place of the integral it is that of the paper.)
  *
  * An optimiser with a state makes D_s a linear function of all gradients so far (optimizer.h, pk_linear_form). Its momentum
- * is then linear in y, too: one vector of P numbers for each target, carried along. Weight decay, and what steps differ
- * by from the declared training, do not depend on y: they go into c.
+ * is then linear in y, too: one vector of P numbers for each target, carried along. Weight decay, a state that the optimiser
+ * begins with, and what steps differ by from the declared training, do not depend on y: they go into c.
  */
 PK__BEGIN_C
 
@@ -2660,7 +2861,7 @@ PK__END_C
  *
  * A is linear in Phi_s(x), the gradient integrated along each step, and the examples' gradients do not depend on x:
  * S is A with dPhi_s/dx in place of Phi_s, and closes as it does:
- *     sum_i S_i + d decay/dx + d unattributed/dx + closure = grad_x f_c(w_S, x) - grad_x f_c(w_0, x).
+ *     sum_i S_i + d decay/dx + d inherited/dx + d unattributed/dx + closure = grad_x f_c(w_S, x) - grad_x f_c(w_0, x).
  *
  * dPhi_s/dx (phi.h) is the integral of the mixed derivative d2 f / dx dw, plus a term for each kink inside the step,
  * where the gradient jumps at a place that itself moves with x. What is exact where:
@@ -2690,7 +2891,7 @@ typedef struct pk_sensitivity {
     double *by_step;  /* S x N x D: by the step at which the example's gradient was taken, or NULL */
     double *by_layer; /* L x N x D, or NULL */
     /* D each: the gradients at w_0 and w_S, the sum over the examples, and what else there is: */
-    double *initial, *final, *data, *decay, *unattributed, *closure;
+    double *initial, *final, *data, *decay, *inherited, *unattributed, *closure;
     double worst_closure; /* the largest |closure| / scale */
     double scale;         /* the largest of |S|, |initial|, |final| */
     size_t points;        /* quadrature nodes */
@@ -2810,14 +3011,27 @@ PK_API PK__MUST_USE pk_status pk_kernel_shape(pk_context *context, const pk_run 
 
 PK__END_C
 
+/* pathkernel/kernels/pieces.h: the pieces of a step on which the gradient of one row is a polynomial in t, to rounding.
+ *
+ * path/kinks.h finds the kinks of the network. Two things more make a gradient jump or turn within a step:
+ * 1. kinks of the loss (l1, huber, hinge): sign changes of functions of the outputs, such as f_c - y_c. On a piece these are
+ *    polynomials in t, or are interpolated, like the switch functions of the network, and the same search finds their roots.
+ * 2. weights that move far, so that a smooth activation runs through all of its range within a short part of the step, or
+ *    beyond it. No rule whose nodes miss that part sees it: two rules of different order agree on a wrong result.
+ *    Pieces are halved until the values of all smooth operations and their derivatives by t, and those of the loss, are
+ *    polynomials: interpolated between Gauss nodes they agree with what the network gives at the ends and inside.
+ * Ordinary steps are not tested so: pk__rows_are_steady shows from three points that no activation moves far.
+ */
+
 /* pathkernel/kernels/along.h: Gram matrices of gradients, integrated along one step w + t D, 0 <= t <= 1.
  *
  *     G = integral_0^1 < L(t), R(t) > dt,        each side at w + t D (it moves) or at w
  *
  * Fixed rules take common values of t. The rule auto is
- * 1. where no kink depends on the weights: Gauss-Legendre with n and n + 1 nodes, common to all rows, until the whole
- *    matrix agrees; n begins with that of the step before. Where more nodes help too little, the piece is halved.
- * 2. where there are kinks: each row has pieces of its own, between its own kinks (path/kinks.h), with n Gauss nodes each.
+ * 1. where no kink depends on the weights and no activation moves far (pieces.h): Gauss-Legendre with n and n + 1 nodes, common
+ *    to all rows, until the whole matrix agrees; n begins with that of the step before. Where more nodes help too little, the
+ *    piece is halved. Where the network and the loss are polynomials, their degree gives n.
+ * 2. where there are kinks, of the network or of a loss, or where an activation moves far: each row has pieces of its own, between its own kinks (path/kinks.h), with n Gauss nodes each.
  *    On a piece the gradients are polynomials in t of known degree, so that their values at n nodes determine them:
  *        integral < L, R > dt = sum_{u, v} W_uv < L(t_u), R(t_v) >,   W_uv = integral over both pieces of the Lagrange
  *                                                                    polynomials of u and v.
@@ -3061,6 +3275,133 @@ PK_API double pk_surrogate_slope(double m, double p, double s, double q);
 
 PK__END_C
 
+/* pathkernel/kernels/machine.h: kernel machines on a Gram matrix: ridge regression, logistic and softmax regression, support
+ * vector machines. They see the matrix and targets only, so that the matrix may come from anywhere.
+ *
+ * With f = K alpha + b, b = 0 without an intercept, each minimizes, over its n training rows,
+ *
+ *     sum_i l(y_i, f_i) + (lambda / 2) penalty,      penalty: alpha^T K alpha, or |alpha|^2; b is not penalized
+ *
+ *     l: squared (f - y)^2 / 2, logistic log(1 + exp(-y f)), softmax cross entropy, hinge max(0, 1 - y f), its square,
+ *     epsilon-insensitive max(0, |f - y| - epsilon)
+ *
+ * so that the C of libsvm is 1 / lambda. How each is found, and what shows that it was:
+ *
+ *   Ridge. With A = K + lambda I = L L^T and P = A^-1 - A^-1 1 1^T A^-1 / (1^T A^-1 1) (without an intercept P = A^-1):
+ *   alpha = P y, f = y - lambda alpha, H = I - lambda P maps y to f. The prediction of row i by the machine of the others is
+ *   y_i - (y_i - f_i) / (1 - H_ii) = y_i - alpha_i / P_ii. Shown by: the residual of the equations.
+ *
+ *   Logistic and softmax, alpha^T K alpha: Newton's method on the function values (Rasmussen and Williams 2006, algorithms 3.1 and
+ *   3.3: a Cholesky factor of order n for each class), with line search. At the minimum alpha = (target - p) / lambda: the step
+ *   is taken in alpha, so nothing is ever divided by K. |alpha|^2: the same with K^2 in K's place, and alpha = K beta. Shown by:
+ *   the gradient.
+ *
+ *   Support vector machines: sequential minimal optimization on the dual, pairs chosen by second-order gain (Fan, Chen and Lin
+ *   2005), single rows where there is no intercept; then the equations of the rows between the bounds are solved at once,
+ *   as long as that lowers the duality gap. The squared hinge is the hinge without an upper bound on K + (lambda / 2) I.
+ *   Shown by: the duality gap.
+ *
+ * Several classes with logistic or a hinge: one machine for each against the rest.
+ */
+PK__BEGIN_C
+
+typedef enum pk_machine_loss {
+    PK_MACHINE_SQUARED = 1,
+    PK_MACHINE_LOGISTIC,
+    PK_MACHINE_SOFTMAX,
+    PK_MACHINE_HINGE,
+    PK_MACHINE_SQUARED_HINGE,
+    PK_MACHINE_EPSILON_INSENSITIVE
+} pk_machine_loss;
+
+/* "squared", "logistic" ...; NULL for none. And the loss of a name; 0 for none. */
+PK_API const char *pk_machine_loss_name(pk_machine_loss loss);
+PK_API pk_machine_loss pk_machine_loss_find(const char *name);
+
+typedef struct pk_machine_options {
+    pk_machine_loss loss;
+    double regularization;     /* lambda; > 0, or for squared 0 where K is positive definite */
+    double epsilon;            /* of the epsilon-insensitive loss, >= 0 */
+    int penalize_coefficients; /* |alpha|^2 in place of alpha^T K alpha: logistic and softmax only */
+    int intercept;
+    double tolerance; /* of the certificate; 0: 1e-9 */
+    double rounding;  /* of the matrix's numbers: eigenvalues down to -rounding trace count as 0; 0: 1e-10 */
+} pk_machine_options;
+
+typedef struct pk_machine {
+    pk_machine_options options;
+    size_t rows, outputs; /* n, K */
+    double *coefficients; /* n x K: alpha; of a support vector machine y_i alpha_i of the literature */
+    double *intercept;    /* K; zeros without one */
+    double *fitted;       /* n x K: f */
+    double *objective;    /* K; of softmax the whole at [0] */
+    /* How far from the minimum: ridge |A alpha + b - y|_max / |y|_max; logistic and softmax |gradient|_max relative to that
+     * at 0; support vector machines (primal - dual objective) / primal. The largest of the outputs. */
+    double certificate;
+    int iterations; /* the most of an output */
+    /* Ridge only, else NULL or NAN: */
+    double *leave_one_out; /* n x K: the prediction of row i by the machine of the other rows */
+    double *leverage;      /* n: H_ii; their sum, the effective degrees of freedom: */
+    double degrees_of_freedom;
+    double *
+        kare; /* K: kernel alignment risk estimator [y^T A^-2 y / n] / [tr A^-1 / n]^2 (Jacot et al. 2020), no intercept */
+    double *factor; /* n x n: Cholesky's, of A; for the variance */
+    double *ones;   /* n: A^-1 1; NULL without an intercept */
+    void *memory;
+} pk_machine;
+
+/* Fits the machine. gram (n x n): symmetric to 1e-6 of its largest number (the mean of both triangles is taken) and positive
+ * semidefinite up to options->rounding, else PK_ARGUMENT with the least eigenvalue. targets: (n,) or (n, K) numbers for squared and
+ * epsilon_insensitive; (n,) integers 0 to K - 1 for softmax; for logistic and the hinges (n,) of +1 and -1, or integers 0 to C - 1: one machine against the
+ * rest for each class, or for C = 2 one, +1 for class 1. An intercept that has no finite best value (logistic and softmax with a
+ * class without rows) is PK_ARGUMENT. PK_NOT_CLOSED: fitted, but the certificate exceeds the tolerance. Cost: ridge n^3/3 flops for
+ * the factor and as many for P; logistic and softmax n^3/3 a class and iteration; support vector machines n a pair. Memory: about
+ * 3 n^2 numbers; softmax (K + 2) n^2. */
+PK_API PK__MUST_USE pk_status pk_machine_fit(pk_context *context, size_t n, const double *gram,
+                                             const pk_array *targets, const pk_machine_options *options,
+                                             pk_machine *machine);
+/* Gives back what it holds, and zeroes it; zeroed or NULL is allowed. */
+PK_API void pk_machine_release(pk_context *context, pk_machine *machine);
+
+/* predictions (m x K) = gram alpha + b, of test rows: gram (m x n) holds k(test row, training row). */
+PK_API PK__MUST_USE pk_status pk_machine_predict(pk_context *context, const pk_machine *machine, size_t m,
+                                                 const double *gram, double *predictions);
+
+/* shares (m x K x n): shares[m k i] = gram[m i] alpha[i k], which with b_k add up to the prediction. */
+PK_API PK__MUST_USE pk_status pk_machine_attribute(pk_context *context, const pk_machine *machine, size_t m,
+                                                   const double *gram, double *shares);
+
+/* Ridge: variance (m) of the Gaussian process with covariance k and noise lambda, given the training targets: k(x, x) - k_x^T A^-1
+ * k_x; with an intercept, whose prior is flat, + (1 - 1^T A^-1 k_x)^2 / (1^T A^-1 1). diagonal (m): k(x, x). Cost n^2 flops a row. */
+PK_API PK__MUST_USE pk_status pk_machine_variance(pk_context *context, const pk_machine *machine, size_t m,
+                                                  const double *gram, const double *diagonal, double *variance);
+
+PK__END_C
+
+/* pathkernel/binding/layout.h: where the fields of the library's structs are, for callers in languages that do not read C.
+ *
+ * A caller from Python's ctypes or the like has the structs declared a second time. A field that is added, moved or given
+ * another type would then be read or written in the wrong place, and nothing would say so. So the library tells it:
+ * examples/python/pathkernel.py builds its structs from this table, and refuses a library whose fields have other types.
+ */
+PK__BEGIN_C
+
+/* What a field is; pointers, structs and arrays are PK_FIELD_OTHER. */
+typedef enum pk_field_kind { PK_FIELD_OTHER, PK_FIELD_FLOAT, PK_FIELD_SIGNED, PK_FIELD_UNSIGNED } pk_field_kind;
+
+/* A field of a struct, a whole type (name is ""; pk_real is one, too), or a constant (type is ""; offset is its value). Fields of
+ * fields that are structs have names like "graph.input_width". */
+typedef struct pk_field {
+    const char *type, *name;
+    size_t offset, size; /* bytes */
+    pk_field_kind kind;
+} pk_field;
+
+/* The table of them, one by one; NULL behind the last one. It has what callers read and write, not private fields. */
+PK_API const pk_field *pk_layout(size_t index);
+
+PK__END_C
+
 #endif /* PATHKERNEL_H */
 
 #if (defined(PATHKERNEL_IMPLEMENTATION) || defined(PATHKERNEL_INTERNALS)) && !defined(PATHKERNEL_INTERNALS_DECLARED)
@@ -3104,6 +3445,10 @@ typedef struct pk__tape {
     int threads;         /* for each operation; 0: one */
     pk_context *context; /* of the caller, where there are several threads; NULL */
     int unit_seeds; /* set by the caller: the seeds of a row are the outputs' unit vectors, one after the other */
+    /* Set by the caller: of each row, the rows at the two ends of its stretch. Piecewise-linear operations have their mean
+     * slopes over the stretch then, in a reverse or tangent pass; NULL: the slopes at the row. */
+    const size_t *from, *to;
+    pk_real *mean; /* the caller's room for that: pk__mean_numbers */
     pk_real **value, **cotangent, **tangent;
     pk_real *scratch, *line_scratch, *row_weights;
     const pk_real *
@@ -3127,6 +3472,12 @@ PK__INTERNAL void pk__pass_reverse(pk__tape *tape, const pk__line *line, size_t 
 PK__INTERNAL void pk__pass_tangent(pk__tape *tape, const pk__line *line, size_t rows);
 /* gradient (P) += sum over rows of the gradient, after a reverse with copies == 1. */
 PK__INTERNAL void pk__pass_weight_gradient(pk__tape *tape, size_t rows, pk_real *gradient);
+/* Whether a node has mean slopes where the tape asks for them. */
+PK__INTERNAL int pk__has_mean_slopes(const pk_node *node);
+/* How many numbers tape->mean needs. */
+PK__INTERNAL size_t pk__mean_numbers(const pk_graph *graph, size_t copies);
+/* call->in_cotangent (+)= the mean slopes' transpose times call->out_cotangent, for a node that has them. */
+PK__INTERNAL void pk__mean_reverse(const pk__tape *tape, const pk_call *call);
 PK__INTERNAL pk_real *pk__pass_output(const pk__tape *tape);
 PK__INTERNAL pk_real *pk__pass_seed(const pk__tape *tape);
 /* Sets the seeds of so many rows to the outputs' unit vectors, one after the other (copies == output width). The next reverse
@@ -3182,6 +3533,7 @@ typedef struct pk__piece {
     unsigned char joined; /* there is no kink at a: the piece in front goes on smoothly */
     unsigned char order, nested,
         accepted; /* its nodes; how they are judged; whether they are part of the result */
+    unsigned char unsplit; /* its kinks have not been looked for: each node has the mean slopes of its stretch */
 } pk__piece;
 
 typedef struct pk__pieces {
@@ -3214,6 +3566,7 @@ typedef struct pk__path {
     double tail[3][PK__PATH_DEGREE + 1]; /* the last Chebyshev coefficients = tail * values at the samples */
     size_t *point_row;
     pk_real *point_t;
+    size_t *from, *to; /* of points with mean slopes: the points at the ends of their stretches */
     size_t held; /* the number of points whose values are in the tape: held_row, held_t */
     size_t *held_row;
     pk_real *held_t;
@@ -3242,6 +3595,16 @@ PK__INTERNAL size_t pk__path_append(pk__path *segment, size_t count, const size_
 /* Computes tangents along the step's direction at `count` points of the tape, from number `first` on. */
 PK__INTERNAL void pk__path_tangent(pk__path *segment, size_t first, size_t count, const size_t *row,
                                    const pk_real *t);
+/* The same along a direction in which about half of the layers have the step's direction with the other sign. */
+PK__INTERNAL void pk__path_probe(pk__path *segment, size_t first, size_t count, const size_t *row,
+                                 const pk_real *t);
+/* Makes the points `count` nodes and, behind them, the ends from[p] and to[p] of their stretches: point_row and point_t, and where
+ * the ends stand. A node whose ends are equal has slopes of its own. There must be room for three times `count` points. Returns
+ * the number of points. */
+PK__INTERNAL size_t pk__path_stretches(pk__path *segment, size_t count, const size_t *row, const pk_real *t,
+                                       const pk_real *from, const pk_real *to);
+/* Whether passes of the tape take mean slopes over those stretches, or (0) the slopes at the points. */
+PK__INTERNAL void pk__path_use_means(pk__path *segment, int means);
 /* Cotangents at the points of the last forward from the seeds in pk__pass_seed(&segment->tape). */
 PK__INTERNAL void pk__path_reverse(pk__path *segment, size_t count, const pk_real *t, size_t copies);
 
@@ -3271,6 +3634,8 @@ typedef struct pk__points {
     size_t count;
     size_t *row;
     pk_real *t, *weight, *check, *slack;
+    pk_real *from, *to; /* the ends of the stretch over which the point has mean slopes; equal: its own slopes */
+    int means;          /* some point has mean slopes */
     int last; /* no more points come in this step */
 } pk__points;
 
@@ -3290,11 +3655,15 @@ typedef struct pk__row_state {
     size_t halvings;      /* of its pieces in this step */
     pk__row_order order;  /* at first PK__FIRST_NODES */
     unsigned char nested; /* pieces are judged by a nested rule at first */
+    /* Whole steps: the nodes that the next one starts with (0: 1); for so many steps none is tried; the number of the
+     * last ones that failed, up to a few. */
+    unsigned char whole_nodes, whole_wait, whole_failed;
 } pk__row_state;
 
 /* Where the integration of a step stands: what is found out next, when all points that are known have been handed over. */
 typedef enum pk__stage {
     PK__STAGE_RULE,    /* a rule that is the same for every row: nothing more is to be found out */
+    PK__STAGE_WHOLE,   /* whole steps are tested with mean slopes; those that fail wait */
     PK__STAGE_PIECES,  /* the next pieces that wait are split at their kinks and tested */
     PK__STAGE_STALLED, /* of those that failed, the pieces that halving does not help are accepted */
     PK__STAGE_HALVE,   /* the rest of them is halved; the halves wait */
@@ -3316,6 +3685,9 @@ typedef struct pk__integrator {
     pk_readout readout;
     size_t first_row; /* of the block among the test rows */
     double target;    /* the error a piece may have, relative to the change of its row */
+    /* The error a whole step may have whose kinks are not looked for: relative to its own change, or to the largest change of its
+     * row; 0: kinks are always looked for. */
+    double whole_target, whole_least;
     int at_one_point; /* instead of a rule: one point a row, at `point` with point_weight */
     double point, point_weight;
     const double *gauss_nodes, *gauss_weights; /* rules 1 .. PK_GAUSS_NODES, rule n from n (n - 1) / 2 */
@@ -3333,6 +3705,7 @@ typedef struct pk__integrator {
     /* h at both ends of the step (rows x 2 x readouts), of the rows where it has been measured: */
     pk_real *ends;
     unsigned char *has_ends;
+    pk_real *whole_sums; /* of the last rule that was tested on whole steps: rows x 2 x readouts, along the step and the probe */
     pk_real *slope, *h; /* room for one readout, and five h */
     /* Counted over the steps since the caller zeroed them: */
     size_t points_last; /* points of the last step: the cost model's guess for the next one */
@@ -3432,7 +3805,8 @@ typedef enum pk__seeds {
 /* Rows, where in the space of weights their gradients are taken, and of what. */
 typedef struct pk__gram_rows_of {
     pk_matrix rows;
-    const pk_real *weights;   /* P; or: */
+    const pk_real *weights;   /* P, at each node where `moves`; or: */
+    int moves;                /* each node of the request has weights of its own, one behind the other */
     const pk_real *direction; /* P: row r is at weights + t[r] direction; NULL: all at the weights */
     const pk_real *t;
     pk__seeds seeds;
@@ -3447,6 +3821,8 @@ typedef struct pk__gram_request {
     const pk_criterion *criterion; /* PK__SEEDS_LOSS */
     int summed;                    /* PK__SEEDS_UNITS: 1: the sum over equal outputs; 0: all outputs with all */
     int by_layer;     /* result holds a matrix for each of graph->columns layers, one behind the other */
+    size_t nodes;     /* the result is a sum over so many nodes, with weights node_weight; 0: one, with weight 1 */
+    const double *node_weight;
     pk_matrix result; /* rows x columns, each times C where all outputs are there */
 } pk__gram_request;
 
@@ -3627,6 +4003,9 @@ typedef struct pk__window {
     /* The caller's, after pk__steps_begin: */
     pk__representation representation;
     const pk__approximation *approximation; /* or NULL */
+    const pk_average *average;              /* of the weights, whose path the test rows take; or NULL */
+    size_t
+        average_vectors; /* that are carried from step to step: a_s, the lag of the remainder, that of decoupled decay */
     /* Of the plan: */
     size_t capacity, windows, threads, partial_sums;
     size_t stride, spare;
@@ -3637,7 +4016,9 @@ typedef struct pk__window {
     pk_real *direction;  /* count x P: D_s */
     size_t spread;       /* of the graph: P without ties */
     pk_real *transposed; /* count x 2 x spread: pk__pass_transpose of weights and direction, or NULL */
-    pk_real *remainder;  /* count x P: u_s = D_s - the update recomputed in double */
+    pk_real *remainder;  /* count x P: u_s = D_s - the update recomputed in double; the average's part of it */
+    /* Of the test rows: a_s and its steps d_s, count x P. Without an average they are the weights and directions above. */
+    pk_real *path_weights, *path_direction;
     size_t pitch; /* of the two that follow: P in whole cache lines, which the steps back in time read with R */
     pk_real *preconditioner; /* count x pitch: p_s, or NULL */
     pk_real *
@@ -3646,14 +4027,18 @@ typedef struct pk__window {
      * (graph.h, pk_graph_spread). Without ties there is nothing to copy, and these are the pointers above. */
     size_t uses_pitch;
     pk_real *use_weights, *use_direction, *use_remainder, *use_preconditioner, *use_preconditioner_error,
-        *use_decayed;
+        *use_decayed, *use_path_weights, *use_path_direction;
     pk_linear_form *forms; /* count x form_count */
-    pk_real *decayed;      /* count x P, with groups: decay o w_s */
+    /* count x P, with groups: decay o w_s. With an average and decoupled decay: the average's part of decay o w_s. */
+    pk_real *decayed;
+    /* P and spread, of a run that begins with a state: carry_0 m_0, what it gives to m_1; or NULL. */
+    pk_real *inherited, *use_inherited;
     pk_batch *batches;
     pk__examples *examples, *magnitudes; /* magnitudes: see pk__examples_magnitude, or NULL */
     /* Private: */
     pk_real *gradient; /* count x partial_sums x spread; the first of a step becomes its whole gradient */
-    /* In parts of PK__STATE_PART parameters; with bounds, two more states behind the first: of perturbed gradients. */
+    /* In parts of PK__STATE_PART parameters; with bounds, two more states behind the first: of perturbed gradients. Then the
+     * vectors of the average. */
     pk_real *state, *update;
     pk__checkpoints checkpoints; /* of the state, by window */
     pk_real *perturbed;          /* spread + 2 P */
@@ -3683,6 +4068,55 @@ PK__INTERNAL PK__MUST_USE pk_status pk__steps_save_states(pk_context *context, p
 /* Prepares window number index (after pk__steps_save_states where the optimiser has a state): going on from the nearest
  * state that was kept. Cheap for the window before the one that was visited last, see pk__checkpoints_again. */
 PK__INTERNAL PK__MUST_USE pk_status pk__steps_visit(pk_context *context, pk__window *window, size_t index);
+
+/* pathkernel/kernels/pieces.h: internals */
+enum {
+    PK__PIECE_NODES = 10,                   /* that interpolate */
+    PK__PIECE_POINTS = PK__PIECE_NODES + 4, /* and where the interpolants are tested */
+    PK__PIECE_DEPTH = 45,                   /* halvings of a piece, at most */
+    PK__PIECES_OF_ROW = 256                 /* more are not halved */
+};
+
+/* What tests and splits the pieces of rows. The path has room for PK__PIECE_POINTS points, and for 3 of each row. */
+typedef struct pk__piece_search {
+    pk_context *context;
+    const char *name;
+    pk__path *path;
+    const pk_criterion *criterion; /* the gradient is that of this loss; NULL: of outputs */
+    int halves;                    /* pieces are halved, too */
+    double tolerance;
+    /* Private: */
+    double interpolants[4 * PK__PIECE_NODES]; /* tests x nodes */
+    double node[PK__PIECE_NODES], test[4];
+    double *size;      /* the caller's, of the row that is split, see pk__pieces_split */
+    double *now, *own; /* the same of the pieces of one level, and of one piece */
+    pk_real *slope;    /* points x outputs: of the loss */
+    size_t switches;   /* of the loss */
+    int exact;         /* they are polynomials in t on each piece */
+    pk__path sampled;  /* their samples, where the search of path/kinks.h reads those of a node */
+    pk__root *roots;
+    size_t root_capacity;
+    pk__pieces lists[2];
+    void *memory;
+} pk__piece_search;
+
+/* criterion, halves: see above. */
+PK__INTERNAL pk_status pk__pieces_prepare(pk_context *context, const char *name, pk__path *path,
+                                          const pk_criterion *criterion, int halves, double tolerance,
+                                          pk__piece_search *search);
+PK__INTERNAL void pk__pieces_release(pk__piece_search *search);
+/* Appends to `to` the parts of the `count` pieces of one row, which are sorted and between kinks of the network. The path has
+ * begun with this row alone. target: of the loss. size: of the row, for each node of the graph and for the loss, how much its
+ * value changes in the whole step, as far as it is known: what errors are measured by; zeros at first, and raised here. to->piece
+ * comes from pk_allocate and grows. */
+PK__INTERNAL pk_status pk__pieces_split(pk__piece_search *search, size_t count, const pk__piece *pieces,
+                                        const pk_real *target, double *size, pk__pieces *to);
+/* Appends one piece; the memory grows. */
+PK__INTERNAL pk_status pk__pieces_append(pk_context *context, const char *name, pk__pieces *to,
+                                         const pk__piece *piece);
+/* Whether no smooth operation, nor the loss, moves far on the step between w and w + d: the path has begun with `rows` rows, at
+ * most half of their points fit. A rule for all rows, tested by one of another order, will do then. */
+PK__INTERNAL int pk__rows_are_steady(pk__path *path, size_t rows, const pk_criterion *criterion);
 
 /* pathkernel/kernels/along.h: internals */
 /* What integrates; prepared once, for blocks of up to so many numbers and rows. */
@@ -3734,6 +4168,21 @@ PK__INTERNAL pk_status pk__kernels_part(pk_context *context, const pk_run *run, 
                                         const pk_dataset *right, size_t count, const pk_kernel_options *options,
                                         const pk__kernel_part *part, double *const *grams,
                                         pk_kernel_report *reports);
+/* What a call needs of memory, found by trial: `run` is called with contexts of different limits, and shall return PK_MEMORY_LIMIT
+ * where that is too little. Fails with PK_MEMORY_LIMIT and the least that would do. */
+typedef pk_status pk__memory_trial(pk_context *context, void *user);
+PK__INTERNAL pk_status pk__fail_with_least(pk_context *context, const char *name, pk__memory_trial *run,
+                                           void *user);
+/* The kernels of a call on its first rows and a few steps, which take as much memory as all of them. */
+typedef struct pk__kernel_sample {
+    const pk_run *run;
+    const pk_dataset *left, *right;
+    size_t count;
+    const pk_kernel_options *options;
+    size_t beside;        /* bytes that the call holds at the same time */
+    pk__kernel_part part; /* columns == 0: the first block */
+} pk__kernel_sample;
+PK__INTERNAL pk_status pk__kernel_sample_run(pk_context *context, void *sample);
 /* Makes the error relative to the largest entry of the whole matrix, and applies the map. PK_NOT_CLOSED as pk_kernels. */
 PK__INTERNAL pk_status pk__kernel_finish(pk_context *context, const pk_run *run, const pk_dataset *left,
                                          const pk_dataset *right, const pk_kernel_options *options,
@@ -4366,6 +4815,8 @@ PK__END_CODE
 
 /* pathkernel/math/tile.h: implementation */
 #include <string.h>
+PK__BEGIN_CODE
+PK__WITH("forward-propagate") /* for the addresses in the loops of the tiles */
 
 #if defined(__GNUC__)
 #define PK__ALIGNED __attribute__((aligned(64))) /* for vectors of the size of a cache line */
@@ -4968,6 +5419,7 @@ PK__PRIVATE const char *pk__panel_name(void)
     return PK__HAS_AVX512 ? "AVX-512" : PK__HAS_AVX2 ? "AVX2" : "baseline";
 }
 
+PK__END_CODE
 
 /* pathkernel/math/elementary.h: implementation */
 #include <math.h>
@@ -5863,11 +6315,378 @@ PK_API void pk_matrix_backend(char *text, size_t size)
 PK__END_CODE
 
 /* pathkernel/math/factorize.h: implementation */
+#include <limits.h>
 #include <math.h>
 #include <string.h>
 PK__BEGIN_CODE
 
-enum { PK__FACTORIZE_SWEEPS = 60 };
+enum { PK__FACTORIZE_SWEEPS = 60, PK__EIGENVALUES_PANELS = 4 * 32 + 8 + 2 };
+
+#ifdef PATHKERNEL_LAPACK
+/* LAPACK's own names: lapacke.h contradicts blis.h. Behind them stand lengths of texts, which C compilers pass, too. */
+extern void dpotrf_(const char *triangle, const int *n, double *a, const int *lda, int *info, size_t);
+extern void dsyevd_(const char *job, const char *triangle, const int *n, double *a, const int *lda, double *w,
+                    double *work, const int *lwork, int *iwork, const int *liwork, int *info, size_t, size_t);
+#endif
+
+enum { PK__CHOLESKY_BLOCK = 64, PK__TRIDIAGONAL_BLOCK = 32, PK__TRIDIAGONAL_STRIPS = 8 };
+
+#ifdef _OPENMP
+#define PK__SIMD_SUM(sum) PK__PRAGMA(omp simd reduction(+ : sum))
+#else
+#define PK__SIMD_SUM(sum)
+#endif
+
+/* c := c - op(a) op(b), op(x) = x or x^T: op(a) is m x k, op(b) k x n, in double whatever pk_real is. */
+static void pk__subtract_product(int transpose_a, int transpose_b, size_t m, size_t n, size_t k,
+                                 const double *a, size_t a_ld, const double *b, size_t b_ld, double *c,
+                                 size_t c_ld)
+{
+#ifdef PATHKERNEL_FLOAT
+    for (size_t i = 0; i < m; i++)
+        for (size_t l = 0; l < k; l++) {
+            const double times = transpose_a ? a[l * a_ld + i] : a[i * a_ld + l];
+            const double *row = transpose_b ? b + l : b + l * b_ld;
+            const size_t across = transpose_b ? b_ld : 1;
+            PK__SIMD
+            for (size_t j = 0; j < n; j++)
+                c[i * c_ld + j] -= times * row[j * across];
+        }
+#else
+    pk__gemm(transpose_a, transpose_b, m, n, k, -1, a, a_ld, b, b_ld, 1, c, c_ld);
+#endif
+}
+
+/* The largest |number|, or a failure. */
+static pk_status pk__factorize_check(pk_context *context, const char *name, size_t rows, size_t cols,
+                                     const double *matrix, double *largest)
+{
+    *largest = 0;
+    for (size_t i = 0; i < rows; i++)
+        for (size_t j = 0; j < cols; j++) {
+            if (!pk__finite(matrix[i * cols + j]))
+                return pk__fail(context, PK_NOT_FINITE, "%s: the number (%zu, %zu) of the matrix is not finite",
+                                name, i, j);
+            *largest = fmax(*largest, fabs(matrix[i * cols + j]));
+        }
+    return PK_OK;
+}
+
+/* The rows first .. of a panel become rows x with x L^T = them: L is the triangle (width x width) at its diagonal. Some rows at a
+ * time, turned round into scratch, so that the innermost loop runs over rows. */
+static void pk__solve_panel(size_t rows, size_t width, const double *triangle, double *panel, size_t ld,
+                            double *scratch)
+{
+    for (size_t i = 0; i < rows; i++)
+        for (size_t k = 0; k < width; k++)
+            scratch[k * PK__CHOLESKY_BLOCK + i] = panel[i * ld + k];
+    for (size_t k = 0; k < width; k++) {
+        double *x = scratch + k * PK__CHOLESKY_BLOCK;
+        for (size_t l = 0; l < k; l++) {
+            const double factor = triangle[k * ld + l], *y = scratch + l * PK__CHOLESKY_BLOCK;
+            PK__SIMD
+            for (size_t i = 0; i < PK__CHOLESKY_BLOCK; i++)
+                x[i] -= factor * y[i];
+        }
+        for (size_t i = 0; i < rows; i++)
+            x[i] /= triangle[k * ld + k];
+    }
+    for (size_t i = 0; i < rows; i++)
+        for (size_t k = 0; k < width; k++)
+            panel[i * ld + k] = scratch[k * PK__CHOLESKY_BLOCK + i];
+}
+
+/* The factor of the block at the diagonal, in place; the row that is not positive, or width. */
+static size_t pk__cholesky_block(size_t width, double *block, size_t ld)
+{
+    for (size_t j = 0; j < width; j++) {
+        double *row = block + j * ld;
+        for (size_t k = 0; k < j; k++) {
+            double sum = row[k];
+            for (size_t l = 0; l < k; l++)
+                sum -= row[l] * block[k * ld + l];
+            row[k] = sum / block[k * ld + k];
+        }
+        double pivot = row[j];
+        for (size_t l = 0; l < j; l++)
+            pivot -= row[l] * row[l];
+        if (!(pivot > 0) || !pk__finite(pivot))
+            return j;
+        row[j] = sqrt(pivot);
+    }
+    return width;
+}
+
+/* From the left: the next columns lose what the columns before them contribute, are factorized, and divided. */
+static size_t pk__cholesky_columns(pk_context *context, size_t n, double *matrix, double *scratch)
+{
+    enum { WIDTH = PK__CHOLESKY_BLOCK };
+    for (size_t first = 0; first < n; first += WIDTH) {
+        const size_t width = pk__min((size_t)WIDTH, n - first), below = n - first - width;
+        const size_t tasks = (below + WIDTH - 1) / WIDTH;
+        double *diagonal = matrix + first * n + first;
+        pk__subtract_product(0, 1, width, width, first, matrix + first * n, n, matrix + first * n, n, diagonal,
+                             n);
+        const size_t row = pk__cholesky_block(width, diagonal, n);
+        if (row < width)
+            return first + row;
+        pk__team team = pk__team_of(context, pk_threads(context), tasks);
+        PK__PARALLEL(team)
+        for (size_t task = pk__first_task(&team); task < tasks; task = pk__next_task(&team)) {
+            const size_t at = first + width + task * WIDTH, rows = pk__min((size_t)WIDTH, n - at);
+            double *panel = matrix + at * n + first;
+            pk__subtract_product(0, 1, rows, width, first, matrix + at * n, n, matrix + first * n, n, panel, n);
+            pk__solve_panel(rows, width, diagonal, panel, n, scratch + (size_t)pk__thread() * WIDTH * WIDTH);
+        }
+        pk__team_end(&team);
+    }
+    return n;
+}
+
+/* The factor in place, and the first row that has none, or n. scratch: PK__CHOLESKY_BLOCK^2 numbers for each thread. */
+PK__PRIVATE size_t pk__cholesky_factor(pk_context *context, size_t n, double *matrix, double *scratch)
+{
+#ifdef PATHKERNEL_LAPACK
+    /* Its upper triangle by columns is the lower one by rows. */
+    const int order = (int)n;
+    int info = 0;
+    if (n <= INT_MAX / 200) {
+        dpotrf_("U", &order, matrix, &order, &info, 1);
+        return info > 0 ? (size_t)info - 1 : n;
+    }
+#endif
+    return pk__cholesky_columns(context, n, matrix, scratch);
+}
+
+PK_API pk_status pk_cholesky(pk_context *context, size_t n, double *matrix, size_t *row)
+{
+    static const char name[] = "Cholesky's factor";
+    size_t numbers = 0, bad = n;
+    double largest = 0, *scratch = NULL;
+    if (!n)
+        return PK_OK;
+    if (!matrix)
+        return pk__fail(context, PK_ARGUMENT, "%s: the matrix is NULL", name);
+    if (!pk__multiply(n, n, &numbers) || numbers > SIZE_MAX / 64)
+        return pk__fail(context, PK_OVERFLOW, "%s: a matrix of %zu rows and columns overflows", name, n);
+    pk_status status = pk__factorize_check(context, name, n, n, matrix, &largest);
+    if (!status)
+        status = pk_allocate(context, (size_t)pk_threads(context) * PK__CHOLESKY_BLOCK,
+                             PK__CHOLESKY_BLOCK * sizeof *scratch, name, &scratch);
+    if (!status)
+        bad = pk__cholesky_factor(context, n, matrix, scratch);
+    pk_release(context, scratch);
+    if (row)
+        *row = bad;
+    if (!status && bad < n)
+        status = pk__fail(context, PK_ARGUMENT, "%s: the matrix is not positive definite: not at row %zu", name,
+                          bad);
+    return status;
+}
+
+/* Columns of right (rows x width, leading dimension ld), by blocks of rows: L x = right, or with `up` L^T x = right. */
+static void pk__solve_columns(size_t n, const double *factor, size_t factor_ld, int up, size_t width, double *x,
+                              size_t ld)
+{
+    enum { ROWS = PK__CHOLESKY_BLOCK };
+    const size_t blocks = (n + ROWS - 1) / ROWS;
+    for (size_t b = 0; b < blocks; b++) {
+        const size_t first = (up ? blocks - 1 - b : b) * ROWS, end = pk__min(first + (size_t)ROWS, n);
+        if (up)
+            pk__subtract_product(1, 0, end - first, width, n - end, factor + end * factor_ld + first, factor_ld,
+                                 x + end * ld, ld, x + first * ld, ld);
+        else
+            pk__subtract_product(0, 0, end - first, width, first, factor + first * factor_ld, factor_ld, x, ld,
+                                 x + first * ld, ld);
+        for (size_t r = first; r < end; r++) {
+            const size_t i = up ? end - 1 - (r - first) : r;
+            double *row = x + i * ld;
+            for (size_t k = up ? i + 1 : first; k < (up ? end : i); k++) {
+                const double times = up ? factor[k * factor_ld + i] : factor[i * factor_ld + k];
+                const double *other = x + k * ld;
+                PK__SIMD
+                for (size_t c = 0; c < width; c++)
+                    row[c] -= times * other[c];
+            }
+            for (size_t c = 0; c < width; c++)
+                row[c] /= factor[i * factor_ld + i];
+        }
+    }
+}
+
+/* pk_cholesky_solve with a leading dimension of the factor, and in threads by columns. */
+PK__PRIVATE void pk__triangle_solve(pk_context *context, size_t n, const double *factor, size_t factor_ld,
+                                    int half, size_t cols, double *right)
+{
+    enum { WIDTH = 32 };
+    const size_t tasks = n ? (cols + WIDTH - 1) / WIDTH : 0;
+    pk__team team = pk__team_of(context, pk_threads(context), tasks);
+    PK__PARALLEL(team)
+    for (size_t task = pk__first_task(&team); task < tasks; task = pk__next_task(&team)) {
+        const size_t width = pk__min((size_t)WIDTH, cols - task * WIDTH);
+        for (int up = 0; up < (half ? 1 : 2); up++)
+            pk__solve_columns(n, factor, factor_ld, up, width, right + task * WIDTH, cols);
+    }
+    pk__team_end(&team);
+}
+
+PK_API pk_status pk_cholesky_solve(pk_context *context, size_t n, const double *factor, int half, size_t cols,
+                                   double *right)
+{
+    if (n && cols && (!factor || !right))
+        return pk__fail(context, PK_ARGUMENT, "Cholesky's factor: it or the right sides are NULL");
+    pk__triangle_solve(context, n, factor, n, half, cols, right);
+    return PK_OK;
+}
+
+/* ---- eigenvalues ----------------------------------------------------------------------------------------- */
+
+#ifndef PATHKERNEL_LAPACK
+/* One strip of w := A v, of which the lower triangle is there: its rows first .. last - 1 times v, and their transposes times the
+ * v of these rows, into partial (n). Four rows at a time. */
+static void pk__symmetric_strip(const double *a, size_t ld, size_t first, size_t last, const double *v,
+                                double *partial)
+{
+    size_t i = first;
+    memset(partial, 0, last * sizeof *partial);
+    for (; i + 4 <= last; i += 4) {
+        const double *a0 = a + i * ld, *a1 = a0 + ld, *a2 = a1 + ld, *a3 = a2 + ld;
+        const double v0 = v[i], v1 = v[i + 1], v2 = v[i + 2], v3 = v[i + 3];
+        double s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#ifdef _OPENMP
+        PK__PRAGMA(omp simd reduction(+ : s0, s1, s2, s3))
+#endif
+        for (size_t j = 0; j < i; j++) {
+            const double x = v[j];
+            partial[j] += a0[j] * v0 + a1[j] * v1 + a2[j] * v2 + a3[j] * v3;
+            s0 += a0[j] * x;
+            s1 += a1[j] * x;
+            s2 += a2[j] * x;
+            s3 += a3[j] * x;
+        }
+        partial[i] += s0 + a0[i] * v0 + a1[i] * v1 + a2[i] * v2 + a3[i] * v3;
+        partial[i + 1] += s1 + a1[i] * v0 + a1[i + 1] * v1 + a2[i + 1] * v2 + a3[i + 1] * v3;
+        partial[i + 2] += s2 + a2[i] * v0 + a2[i + 1] * v1 + a2[i + 2] * v2 + a3[i + 2] * v3;
+        partial[i + 3] += s3 + a3[i] * v0 + a3[i + 1] * v1 + a3[i + 2] * v2 + a3[i + 3] * v3;
+    }
+    for (; i < last; i++) {
+        const double *row = a + i * ld;
+        double sum = row[i] * v[i];
+        for (size_t j = 0; j < i; j++) {
+            partial[j] += row[j] * v[i];
+            sum += row[j] * v[j];
+        }
+        partial[i] += sum;
+    }
+}
+
+/* w := A v (n): strips of about the same area, so that each costs the same, added in their order. partial: strips x n. */
+static void pk__symmetric_times(pk_context *context, size_t n, const double *a, size_t ld, const double *v,
+                                double *w, double *partial)
+{
+    size_t ends[PK__TRIDIAGONAL_STRIPS + 1] = {0};
+    const size_t strips = n < 256 ? 1 : PK__TRIDIAGONAL_STRIPS;
+    for (size_t s = 1; s <= strips; s++)
+        ends[s] = s == strips ? n : (size_t)((double)n * sqrt((double)s / (double)strips)) / 4 * 4;
+    pk__team team = pk__team_of(context, pk_threads(context), strips);
+    PK__PARALLEL(team)
+    for (size_t s = pk__first_task(&team); s < strips; s = pk__next_task(&team))
+        pk__symmetric_strip(a, ld, ends[s], ends[s + 1], v, partial + s * n);
+    pk__team_end(&team);
+    memset(w, 0, n * sizeof *w);
+    for (size_t s = 0; s < strips; s++)
+        for (size_t j = 0; j < ends[s + 1]; j++)
+            w[j] += partial[s * n + j];
+}
+
+/* Householder's vector v (v[0] = 1) of x (n), which may be v: (1 - tau v v^T) x = (beta, 0 ...). Returns tau. */
+static double pk__householder(size_t n, const double *x, double *v, double *beta)
+{
+    double below = 0, largest = 0;
+    const double first = x[0];
+    for (size_t i = 1; i < n; i++)
+        largest = fmax(largest, fabs(x[i]));
+    if (largest == 0) {
+        *beta = first;
+        memset(v, 0, n * sizeof *v);
+        v[0] = 1;
+        return 0;
+    }
+    largest = fmax(largest, fabs(first));
+    for (size_t i = 1; i < n; i++)
+        below += x[i] / largest * (x[i] / largest);
+    const double norm = largest * sqrt(below + first / largest * (first / largest));
+    *beta = first > 0 ? -norm : norm;
+    for (size_t i = 1; i < n; i++)
+        v[i] = x[i] / (first - *beta);
+    v[0] = 1;
+    return (*beta - first) / *beta;
+}
+
+/* a (n x n, lower triangle) becomes tridiagonal: d, and e[1 ...] beside it. Columns by blocks: A := A - v w^T - w v^T of those in
+ * a block is put off to its end, one matrix product, and until then applied to what is read. memory: (4 block + strips + 1) n. */
+static void pk__tridiagonalize_blocks(pk_context *context, size_t n, double *a, double *d, double *e,
+                                      double *memory)
+{
+    enum { BLOCK = PK__TRIDIAGONAL_BLOCK, ROWS = 64 };
+    double *vw = memory, *wv = vw + 2 * BLOCK * n, *partial = wv + 2 * BLOCK * n,
+           *x = partial +
+                PK__TRIDIAGONAL_STRIPS * n; /* rows of vw: v_1 .. v_b w_1 .. w_b; of wv: w_1 .. v_1 .. */
+    for (size_t first = 0; first < n; first += BLOCK) {
+        const size_t block = pk__min((size_t)BLOCK, n - first);
+        memset(vw, 0, 4 * BLOCK * n * sizeof *vw);
+        for (size_t b = 0; b < block; b++) {
+            const size_t j = first + b, m = n - j - 1; /* m: below the diagonal */
+            for (size_t i = j; i < n; i++) {
+                double sum = a[i * n + j];
+                for (size_t l = 0; l < b; l++)
+                    sum -= vw[i * 2 * BLOCK + l] * wv[j * 2 * BLOCK + l] +
+                           wv[i * 2 * BLOCK + l] * vw[j * 2 * BLOCK + l];
+                if (i == j)
+                    d[j] = sum;
+                else
+                    x[i - j - 1] = sum;
+            }
+            if (!m)
+                break;
+            double beta = 0, dots[2 * BLOCK] = {0}, vdotw = 0;
+            const double tau = pk__householder(m, x, x, &beta);
+            e[j + 1] = beta;
+            /* w = tau (A v - V W^T v - W V^T v), and then w -= tau/2 (w.v) v */
+            double *w = x + n;
+            pk__symmetric_times(context, m, a + (j + 1) * n + j + 1, n, x, w, partial);
+            for (size_t i = 0; i < m; i++) {
+                const double *row = vw + (i + j + 1) * 2 * BLOCK;
+                for (size_t l = 0; l < 2 * BLOCK; l++)
+                    dots[l] += row[l] * x[i];
+            }
+            for (size_t i = 0; i < m; i++) { /* the halves of a row of wv are those of vw, exchanged */
+                const double *row = wv + (i + j + 1) * 2 * BLOCK;
+                double sum = 0;
+                for (size_t l = 0; l < 2 * BLOCK; l++)
+                    sum += row[l] * dots[l];
+                w[i] = tau * (w[i] - sum);
+                vdotw += w[i] * x[i];
+            }
+            for (size_t i = 0; i < m; i++) {
+                double *row = vw + (i + j + 1) * 2 * BLOCK, *other = wv + (i + j + 1) * 2 * BLOCK;
+                row[b] = other[BLOCK + b] = x[i];
+                row[BLOCK + b] = other[b] = w[i] - tau / 2 * vdotw * x[i];
+            }
+        }
+        const size_t next = first + block, tasks = (n - next + ROWS - 1) / ROWS;
+        pk__team team = pk__team_of(context, pk_threads(context), tasks);
+        PK__PARALLEL(team)
+        for (size_t task = pk__first_task(&team); task < tasks; task = pk__next_task(&team)) {
+            const size_t at = next + task * ROWS, rows = pk__min((size_t)ROWS, n - at);
+            pk__subtract_product(0, 1, rows, at + rows - next, 2 * BLOCK, vw + at * 2 * BLOCK, 2 * BLOCK,
+                                 wv + next * 2 * BLOCK, 2 * BLOCK, a + at * n + next, n);
+        }
+        pk__team_end(&team);
+    }
+    e[0] = 0;
+}
+#endif
 
 /* v (n x n), symmetric, becomes Q^T with Q^T A Q tridiagonal: diagonal d, and e[1 ...] beside it. */
 static void pk__tridiagonalize(size_t n, double *v, double *d, double *e)
@@ -5950,7 +6769,7 @@ static void pk__tridiagonalize(size_t n, double *v, double *d, double *e)
     e[0] = 0;
 }
 
-/* Rotates rows of v so that d holds the eigenvalues. 0: no end in sight. */
+/* Rotates rows of v (or none, NULL) so that d holds the eigenvalues. 0: no end in sight. */
 static int pk__diagonalize(size_t n, double *v, double *d, double *e)
 {
     double f = 0, largest = 0;
@@ -5976,7 +6795,7 @@ static int pk__diagonalize(size_t n, double *v, double *d, double *e)
             f += h;
             p = d[m];
             for (size_t i = m; i-- > l;) {
-                double *here = v + i * n, *after = here + n;
+                double *here = v ? v + i * n : NULL, *after = v ? here + n : NULL;
                 c3 = c2, c2 = c, s2 = s;
                 g = c * e[i];
                 h = c * p;
@@ -5986,7 +6805,7 @@ static int pk__diagonalize(size_t n, double *v, double *d, double *e)
                 c = p / r;
                 p = c * d[i] - s * g;
                 d[i + 1] = h + s * (c * g + s * d[i]);
-                for (size_t k = 0; k < n; k++) {
+                for (size_t k = 0; v && k < n; k++) {
                     h = after[k];
                     after[k] = s * here[k] + c * h;
                     here[k] = c * here[k] - s * h;
@@ -6027,32 +6846,27 @@ static void pk__sort_values(size_t count, double *values, double sign, double *a
     }
 }
 
-/* The largest |number|, or a failure. */
-static pk_status pk__factorize_check(pk_context *context, const char *name, size_t rows, size_t cols,
-                                     const double *matrix, double *largest)
+#ifdef PATHKERNEL_LAPACK
+/* memory: 138 n, of which it takes 2 n + 1. */
+static int pk__lapack_eigenvalues(int n, double *matrix, double *values, double *memory)
 {
-    *largest = 0;
-    for (size_t i = 0; i < rows; i++)
-        for (size_t j = 0; j < cols; j++) {
-            if (!pk__finite(matrix[i * cols + j]))
-                return pk__fail(context, PK_NOT_FINITE, "%s: the number (%zu, %zu) of the matrix is not finite",
-                                name, i, j);
-            *largest = fmax(*largest, fabs(matrix[i * cols + j]));
-        }
-    return PK_OK;
+    const int doubles = 138 * n, integers = 1;
+    int integer = 0, info = 0;
+    dsyevd_("N", "U", &n, matrix, &n, values, memory, &doubles, &integer, &integers, &info, 1, 1);
+    return info == 0;
 }
+#endif
 
 PK_API pk_status pk_symmetric_eigenvalues(pk_context *context, size_t n, const double *matrix, double *values,
                                           double *vectors)
 {
     static const char name[] = "eigenvalues";
-    double largest = 0, *memory = NULL;
-    size_t numbers = 0;
+    double largest = 0, *beside, *own, *panels;
     if (!n)
         return PK_OK;
     if (!matrix || !values)
         return pk__fail(context, PK_ARGUMENT, "%s: the matrix or the place for the values is NULL", name);
-    if (!pk__multiply(n, n, &numbers) || numbers > SIZE_MAX / 64)
+    if (n > SIZE_MAX / 64 / n)
         return pk__fail(context, PK_OVERFLOW, "%s: a matrix of %zu rows and columns overflows", name, n);
     pk_status status = pk__factorize_check(context, name, n, n, matrix, &largest);
     for (size_t i = 0; i < n && !status; i++)
@@ -6061,11 +6875,17 @@ PK_API pk_status pk_symmetric_eigenvalues(pk_context *context, size_t n, const d
                 return pk__fail(context, PK_ARGUMENT,
                                 "%s: the matrix is not symmetric: (%zu, %zu) is %g and (%zu, %zu) %g", name, i,
                                 j, matrix[i * n + j], j, i, matrix[j * n + i]);
-    if (!status)
-        status = pk_allocate(context, n + (vectors ? 0 : numbers), sizeof *memory, name, &memory);
     if (status)
         return status;
-    double *v = vectors ? vectors : memory + n;
+    pk__arena arena = {NULL, 0, 0, 0};
+    do {
+        beside = pk__arena_take(&arena, n, sizeof *beside);
+        own = pk__arena_take(&arena, vectors ? 0 : n, n * sizeof *own);
+        panels = pk__arena_take(&arena, vectors ? 0 : n, PK__EIGENVALUES_PANELS * sizeof *panels);
+    } while (pk__arena_again(context, &arena, name, &status));
+    if (status)
+        return status;
+    double *v = vectors ? vectors : own;
     const double scale = largest > 0 ? largest : 1; /* so that no square overflows */
     for (size_t i = 0; i < n; i++)
         for (size_t j = 0; j <= i; j++)
@@ -6073,13 +6893,27 @@ PK_API pk_status pk_symmetric_eigenvalues(pk_context *context, size_t n, const d
     for (size_t i = 0; i < n; i++)
         for (size_t j = 0; j < i; j++)
             v[j * n + i] = v[i * n + j];
-    pk__tridiagonalize(n, v, values, memory);
-    if (!pk__diagonalize(n, v, values, memory))
+    int found = 1;
+#ifdef PATHKERNEL_LAPACK
+    if (!vectors && n <= INT_MAX / 200)
+        found = pk__lapack_eigenvalues((int)n, v, values, panels);
+    else {
+        pk__tridiagonalize(n, v, values, beside);
+        found = pk__diagonalize(n, v, values, beside);
+    }
+#else
+    if (vectors)
+        pk__tridiagonalize(n, v, values, beside);
+    else
+        pk__tridiagonalize_blocks(context, n, v, values, beside, panels);
+    found = pk__diagonalize(n, vectors, values, beside);
+#endif
+    if (!found)
         status = pk__fail(context, PK_NOT_FINITE, "%s: the iteration does not converge", name);
     for (size_t i = 0; i < n; i++)
         values[i] *= scale;
-    pk__sort_values(n, values, 1, v, n, NULL, 0);
-    pk_release(context, memory);
+    pk__sort_values(n, values, 1, vectors, n, NULL, 0);
+    pk_release(context, arena.base);
     return status;
 }
 
@@ -6122,20 +6956,23 @@ PK_API pk_status pk_singular_values(pk_context *context, size_t rows, size_t col
 {
     static const char name[] = "singular values";
     const size_t few = pk__min(rows, cols), many = pk__max(rows, cols);
-    double largest = 0, *memory = NULL;
-    size_t numbers = 0;
+    double largest = 0, *w, *v;
     if (!few)
         return PK_OK;
     if (!matrix || !values)
         return pk__fail(context, PK_ARGUMENT, "%s: the matrix or the place for the values is NULL", name);
-    if (!pk__multiply(few, many, &numbers) || numbers > SIZE_MAX / 64)
+    if (many > SIZE_MAX / 64 / few)
         return pk__fail(context, PK_OVERFLOW, "%s: a matrix of %zu x %zu overflows", name, rows, cols);
     pk_status status = pk__factorize_check(context, name, rows, cols, matrix, &largest);
-    if (!status)
-        status = pk_allocate(context, numbers + few * few, sizeof *memory, name, &memory);
     if (status)
         return status;
-    double *w = memory, *v = memory + numbers;
+    pk__arena arena = {NULL, 0, 0, 0};
+    do {
+        w = pk__arena_take(&arena, few, many * sizeof *w);
+        v = pk__arena_take(&arena, few, few * sizeof *v);
+    } while (pk__arena_again(context, &arena, name, &status));
+    if (status)
+        return status;
     const double scale = largest > 0 ? largest : 1;
     for (size_t i = 0; i < few; i++) {
         for (size_t k = 0; k < many; k++)
@@ -6156,10 +6993,10 @@ PK_API pk_status pk_singular_values(pk_context *context, size_t rows, size_t col
     pk__sort_values(few, values, -1, w, many, v, few);
     double *wide = rows >= cols ? left : right, *narrow = rows >= cols ? right : left;
     if (wide)
-        memcpy(wide, w, numbers * sizeof *wide);
+        memcpy(wide, w, few * many * sizeof *wide);
     if (narrow)
         memcpy(narrow, v, few * few * sizeof *narrow);
-    pk_release(context, memory);
+    pk_release(context, arena.base);
     return status;
 }
 
@@ -6175,6 +7012,572 @@ PK_API size_t pk_signal_dimension(size_t count, const double *values, double fra
 }
 
 PK__END_CODE
+
+/* pathkernel/math/measure.h: implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_COLD_CODE
+
+/* ---- order ----------------------------------------------------------------------------------------------- */
+
+typedef struct pk__ranked {
+    double value;
+    size_t index;
+} pk__ranked;
+
+/* NaN come last; of equals the first index comes first. */
+static int pk__ranks_before(const pk__ranked *a, const pk__ranked *b)
+{
+    const int nan_a = isnan(a->value), nan_b = isnan(b->value);
+    if (nan_a != nan_b)
+        return nan_b;
+    return a->value < b->value || (!(b->value < a->value) && a->index < b->index);
+}
+
+/* Heap sort. */
+PK__PRIVATE void pk__sort_ranked(size_t count, pk__ranked *items)
+{
+    for (size_t heap = count / 2, end = count; end > 1;) {
+        if (heap > 0) {
+            heap--;
+        } else {
+            end--;
+            const pk__ranked top = items[0];
+            items[0] = items[end];
+            items[end] = top;
+        }
+        const pk__ranked moving = items[heap];
+        size_t at = heap;
+        for (size_t child = 2 * at + 1; child < end; child = 2 * at + 1) {
+            child += child + 1 < end && pk__ranks_before(&items[child], &items[child + 1]);
+            if (!pk__ranks_before(&moving, &items[child]))
+                break;
+            items[at] = items[child];
+            at = child;
+        }
+        items[at] = moving;
+    }
+}
+
+/* ranks[i]: how far the rank of value i lies from the mean of all ranks; equal values share the mean of theirs. NAN where a value is
+ * not finite. ranks may be values. */
+PK__PRIVATE void pk__rank(size_t count, const double *values, pk__ranked *sorted, double *ranks)
+{
+    int finite = 1;
+    for (size_t i = 0; i < count; i++) {
+        finite &= isfinite(values[i]) != 0;
+        sorted[i] = (pk__ranked){values[i], i};
+    }
+    pk__sort_ranked(count, sorted);
+    for (size_t first = 0, last; first < count; first = last) {
+        for (last = first + 1; last < count && sorted[last].value == sorted[first].value; last++)
+            ;
+        const double rank = 0.5 * ((double)first + (double)last - (double)count);
+        for (size_t i = first; i < last; i++)
+            ranks[sorted[i].index] = finite ? rank : (double)NAN;
+    }
+}
+
+/* ---- two lists ------------------------------------------------------------------------------------------- */
+
+static pk_status pk__measure_check(pk_context *context, const char *what, size_t n, const double *numbers)
+{
+    if (n && !numbers)
+        return pk__fail(context, PK_ARGUMENT, "measures: the %s is NULL", what);
+    for (size_t i = 0; i < n; i++)
+        if (!isfinite(numbers[i]))
+            return pk__fail(context, PK_NOT_FINITE, "measures: number %zu of the %s is not finite", i, what);
+    return PK_OK;
+}
+
+static pk_status pk__measure_lists(pk_context *context, size_t n, const double *a, const double *b,
+                                   const void *out)
+{
+    if (!out)
+        return pk__fail(context, PK_ARGUMENT, "measures: the place for the result is NULL");
+    pk_status status = pk__measure_check(context, "first list", n, a);
+    return status ? status : pk__measure_check(context, "second list", n, b);
+}
+
+/* Scaled, so that no square overflows or vanishes. */
+static double pk__pearson(size_t n, const double *a, const double *b)
+{
+    double mean_a = 0, mean_b = 0, most_a = 0, most_b = 0, aa = 0, bb = 0, ab = 0;
+    int constant_a = 1, constant_b = 1;
+    for (size_t i = 0; i < n; i++) {
+        mean_a += a[i] / (double)n;
+        mean_b += b[i] / (double)n;
+        constant_a &= a[i] == a[0];
+        constant_b &= b[i] == b[0];
+    }
+    if (n < 2 || constant_a || constant_b)
+        return (double)NAN;
+    for (size_t i = 0; i < n; i++) {
+        most_a = fmax(most_a, fabs(a[i] - mean_a));
+        most_b = fmax(most_b, fabs(b[i] - mean_b));
+    }
+    for (size_t i = 0; i < n; i++) {
+        const double x = (a[i] - mean_a) / most_a, y = (b[i] - mean_b) / most_b;
+        aa += x * x;
+        bb += y * y;
+        ab += x * y;
+    }
+    return fmax(-1, fmin(1, ab / sqrt(aa) / sqrt(bb)));
+}
+
+PK_API pk_status pk_pearson(pk_context *context, size_t n, const double *a, const double *b,
+                            double *correlation)
+{
+    pk_status status = pk__measure_lists(context, n, a, b, correlation);
+    if (!status)
+        *correlation = pk__pearson(n, a, b);
+    return status;
+}
+
+PK_API pk_status pk_spearman(pk_context *context, size_t n, const double *a, const double *b,
+                             double *correlation)
+{
+    double *ranks = NULL;
+    pk__ranked *sorted = NULL;
+    pk__arena arena = {NULL, 0, 0, 0};
+    pk_status status = pk__measure_lists(context, n, a, b, correlation);
+    if (status)
+        return status;
+    do {
+        ranks = pk__arena_take(&arena, n, 2 * sizeof *ranks);
+        sorted = pk__arena_take(&arena, n, sizeof *sorted);
+    } while (pk__arena_again(context, &arena, "ranks", &status));
+    if (status)
+        return status;
+    *correlation = (double)NAN;
+    if (n) {
+        pk__rank(n, a, sorted, ranks);
+        pk__rank(n, b, sorted, ranks + n);
+        *correlation = pk__pearson(n, ranks, ranks + n);
+    }
+    pk_release(context, arena.base);
+    return PK_OK;
+}
+
+/* Sorts numbers by merging, and returns how many pairs stood in the wrong order. */
+static double pk__count_inversions(size_t n, double *numbers, double *other)
+{
+    double count = 0;
+    for (size_t width = 1; width < n; width *= 2) {
+        for (size_t first = 0; first < n; first += 2 * width) {
+            size_t i = first, middle = pk__min(first + width, n), j = middle, end = pk__min(middle + width, n);
+            for (size_t k = first; k < end; k++)
+                if (i < middle && (j == end || numbers[i] <= numbers[j])) {
+                    other[k] = numbers[i++];
+                } else {
+                    other[k] = numbers[j++];
+                    count += (double)(middle - i);
+                }
+        }
+        memcpy(numbers, other, n * sizeof *numbers);
+    }
+    return count;
+}
+
+/* Pairs of equal ones among sorted numbers, where `also`, if any, is equal, too. */
+static double pk__count_equal(size_t n, const double *sorted, const double *also)
+{
+    double pairs = 0, run = 0;
+    for (size_t i = 1; i < n; i++) {
+        run = sorted[i] == sorted[i - 1] && (!also || also[i] == also[i - 1]) ? run + 1 : 0;
+        pairs += run;
+    }
+    return pairs;
+}
+
+PK_API pk_status pk_kendall(pk_context *context, size_t n, const double *a, const double *b, double *tau)
+{
+    double *first = NULL, *second = NULL, *other = NULL;
+    pk__ranked *sorted = NULL;
+    pk__arena arena = {NULL, 0, 0, 0};
+    pk_status status = pk__measure_lists(context, n, a, b, tau);
+    if (status)
+        return status;
+    do {
+        sorted = pk__arena_take(&arena, n, sizeof *sorted);
+        first = pk__arena_take(&arena, n, sizeof *first);
+        second = pk__arena_take(&arena, n, sizeof *second);
+        other = pk__arena_take(&arena, n, sizeof *other);
+    } while (pk__arena_again(context, &arena, "pairs", &status));
+    if (status)
+        return status;
+    for (size_t i = 0; i < n; i++)
+        sorted[i] = (pk__ranked){a[i], i};
+    pk__sort_ranked(n, sorted);
+    /* By a, and where a is equal by b: runs of equal a are sorted by their b. */
+    for (size_t begin = 0, end; begin < n; begin = end) {
+        for (end = begin + 1; end < n && sorted[end].value == sorted[begin].value; end++)
+            ;
+        for (size_t i = begin; i < end; i++) {
+            first[i] = sorted[i].value;
+            second[i] = b[sorted[i].index];
+        }
+        (void)pk__count_inversions(end - begin, second + begin, other);
+    }
+    const double pairs = 0.5 * (double)n * ((double)n - 1), equal_a = pk__count_equal(n, first, NULL),
+                 equal_both = pk__count_equal(n, first, second),
+                 discordant = pk__count_inversions(n, second, other),
+                 equal_b = pk__count_equal(n, second, NULL);
+    const double more = pairs - equal_a - equal_b + equal_both - 2 * discordant;
+    *tau = n < 2 || equal_a == pairs || equal_b == pairs
+               ? (double)NAN
+               : fmax(-1, fmin(1, more / sqrt(pairs - equal_a) / sqrt(pairs - equal_b)));
+    pk_release(context, arena.base);
+    return PK_OK;
+}
+
+PK_API pk_status pk_top_overlap(pk_context *context, size_t n, const double *a, const double *b, size_t k,
+                                double *share)
+{
+    pk__ranked *sorted = NULL;
+    unsigned char *among = NULL;
+    pk__arena arena = {NULL, 0, 0, 0};
+    size_t both = 0;
+    pk_status status = pk__measure_lists(context, n, a, b, share);
+    if (status)
+        return status;
+    if (!k || k > n)
+        return pk__fail(context, PK_ARGUMENT, "measures: the %zu largest of %zu numbers", k, n);
+    do {
+        sorted = pk__arena_take(&arena, n, sizeof *sorted);
+        among = pk__arena_take(&arena, n, sizeof *among);
+    } while (pk__arena_again(context, &arena, "ranks", &status));
+    if (status)
+        return status;
+    memset(among, 0, n);
+    for (int list = 0; list < 2; list++) {
+        for (size_t i = 0; i < n; i++)
+            sorted[i] = (pk__ranked){-(list ? b : a)[i], i};
+        pk__sort_ranked(n, sorted);
+        for (size_t i = 0; i < k; i++)
+            both += among[sorted[i].index]++;
+    }
+    *share = (double)both / (double)k;
+    pk_release(context, arena.base);
+    return PK_OK;
+}
+
+/* ---- Gram matrices --------------------------------------------------------------------------------------- */
+
+/* Finite, and symmetric to 1e-6 of the largest number, *largest. */
+PK__PRIVATE pk_status pk__symmetric_check(pk_context *context, const char *name, size_t n, const double *gram,
+                                     double *largest)
+{
+    size_t numbers = 0;
+    if (n && !gram)
+        return pk__fail(context, PK_ARGUMENT, "%s: the Gram matrix is NULL", name);
+    if (!pk__multiply(n, n, &numbers) || numbers > SIZE_MAX / 64)
+        return pk__fail(context, PK_OVERFLOW, "%s: a Gram matrix of %zu rows and columns overflows", name, n);
+    pk_status status = pk__factorize_check(context, name, n, n, gram, largest);
+    for (size_t i = 0; i < n && !status; i++)
+        for (size_t j = 0; j < i && !status; j++)
+            if (fabs(gram[i * n + j] - gram[j * n + i]) > 1e-6 * *largest)
+                status = pk__fail(context, PK_ARGUMENT,
+                                  "%s: the matrix is not symmetric: (%zu, %zu) is %g and (%zu, %zu) %g", name,
+                                  i, j, gram[i * n + j], j, i, gram[j * n + i]);
+    return status;
+}
+
+PK_API pk_status pk_measure_gram(pk_context *context, size_t n, const double *gram, pk_gram_measures *measures)
+{
+    double *values = NULL, entropy = 0, squares = 0, trace = 0;
+    if (!measures)
+        return pk__fail(context, PK_ARGUMENT, "measures: the place for the result is NULL");
+    if (!n)
+        return pk__fail(context, PK_ARGUMENT, "measures: a Gram matrix without rows");
+    pk_status status = pk_allocate(context, n, sizeof *values, "eigenvalues", &values);
+    if (!status)
+        status = pk_symmetric_eigenvalues(context, n, gram, values, NULL);
+    if (!status) {
+        for (size_t i = 0; i < n; i++)
+            trace += gram[i * n + i];
+        const double scale = fmax(fabs(values[0]), fabs(values[n - 1]));
+        for (size_t i = 0; i < n; i++) {
+            const double p = values[i] / trace, q = values[i] / scale;
+            entropy -= p > 0 ? p * log(p) : 0;
+            squares += q * q;
+        }
+        *measures = (pk_gram_measures){
+            .trace = trace,
+            .least = values[0],
+            .largest = values[n - 1],
+            .effective_rank = values[0] < -1e-10 * trace || !(trace > 0) ? (double)NAN : exp(entropy),
+            .participation_ratio = trace / scale * (trace / scale) / squares,
+            .trace_over_max = trace / values[n - 1]};
+    }
+    pk_release(context, values);
+    return status;
+}
+
+static double pk__target_alignment(size_t n, const double *gram, double largest, const double *targets)
+{
+    double form = 0, norm = 0, length = 0, most = 0;
+    for (size_t i = 0; i < n; i++)
+        most = fmax(most, fabs(targets[i]));
+    if (most == 0 || largest == 0)
+        return (double)NAN;
+    for (size_t i = 0; i < n; i++) {
+        double product = 0, squares = 0;
+        for (size_t j = 0; j < n; j++) {
+            const double number = gram[i * n + j] / largest;
+            product += number * (targets[j] / most);
+            squares += number * number;
+        }
+        form += product * (targets[i] / most);
+        norm += squares;
+        length += targets[i] / most * (targets[i] / most);
+    }
+    return form / sqrt(norm) / length;
+}
+
+PK_API pk_status pk_target_alignment(pk_context *context, size_t n, const double *gram, const double *targets,
+                                     double *alignment)
+{
+    double largest = 0;
+    if (!alignment)
+        return pk__fail(context, PK_ARGUMENT, "measures: the place for the result is NULL");
+    pk_status status = pk__symmetric_check(context, "measures", n, gram, &largest);
+    if (!status)
+        status = pk__measure_check(context, "targets", n, targets);
+    if (!status)
+        *alignment = pk__target_alignment(n, gram, largest, targets);
+    return status;
+}
+
+static pk_status pk__labels_check(pk_context *context, size_t n, size_t classes, const int64_t *labels)
+{
+    if (n && !labels)
+        return pk__fail(context, PK_ARGUMENT, "measures: the labels are NULL");
+    for (size_t i = 0; i < n; i++)
+        if (labels[i] < 0 || (uint64_t)labels[i] >= classes)
+            return pk__fail(context, PK_ARGUMENT, "measures: label %zu is %lld, not 0 to %zu", i,
+                            (long long)labels[i], classes ? classes - 1 : 0);
+    return PK_OK;
+}
+
+PK_API pk_status pk_kernel_specialization(pk_context *context, size_t outputs, size_t n, const double *grams,
+                                          size_t classes, const int64_t *labels, double *special)
+{
+    double *indicator = NULL;
+    if (outputs && classes && !special)
+        return pk__fail(context, PK_ARGUMENT, "measures: the place for the result is NULL");
+    pk_status status = pk__labels_check(context, n, classes, labels);
+    if (!status)
+        status = pk_allocate(context, n, sizeof *indicator, "a class", &indicator);
+    for (size_t c = 0; c < outputs && !status; c++) {
+        double largest = 0;
+        status = pk__symmetric_check(context, "measures", n, grams ? grams + c * n * n : NULL, &largest);
+        for (size_t d = 0; d < classes && !status; d++) {
+            for (size_t i = 0; i < n; i++)
+                indicator[i] = labels[i] == (int64_t)d;
+            special[c * classes + d] = pk__target_alignment(n, grams + c * n * n, largest, indicator);
+        }
+    }
+    for (size_t d = 0; d < classes && !status; d++) {
+        double mean = 0;
+        for (size_t c = 0; c < outputs; c++)
+            mean += special[c * classes + d] / (double)outputs;
+        for (size_t c = 0; c < outputs; c++)
+            special[c * classes + d] /= mean;
+    }
+    pk_release(context, indicator);
+    return status;
+}
+
+/* What the measures of a pair are made of, K and L each divided by its largest number. Of the zeroed ones: without diagonals. */
+typedef struct pk__gram_sums {
+    double kk, ll, kl;             /* inner products */
+    double row_kk, row_ll, row_kl; /* 1' K L 1 and so on: inner products of the sums of rows */
+    double total_k, total_l;       /* 1' K 1 */
+} pk__gram_sums;
+
+static pk__gram_sums pk__gram_sum(size_t n, const double *k, double most_k, const double *l, double most_l,
+                                  int zeroed)
+{
+    pk__gram_sums s = {0, 0, 0, 0, 0, 0, 0, 0};
+    for (size_t i = 0; i < n; i++) {
+        double kk = 0, ll = 0, kl = 0, row_k = 0, row_l = 0;
+        for (size_t j = 0; j < n; j++) {
+            const double x = zeroed && j == i ? 0 : k[i * n + j] / most_k,
+                         y = zeroed && j == i ? 0 : l[i * n + j] / most_l;
+            kk += x * x;
+            ll += y * y;
+            kl += x * y;
+            row_k += x;
+            row_l += y;
+        }
+        s.kk += kk;
+        s.ll += ll;
+        s.kl += kl;
+        s.row_kk += row_k * row_k;
+        s.row_ll += row_l * row_l;
+        s.row_kl += row_k * row_l;
+        s.total_k += row_k;
+        s.total_l += row_l;
+    }
+    return s;
+}
+
+/* <H K H, H L H>, of matrices from which the means of rows and columns and the total one are subtracted: for the formula by sums
+ * would lose digits where these are large. rows: means of rows (n) of both, and of all at the end. */
+static double pk__centred_product(size_t n, const double *k, double most_k, const double *mean_k,
+                                  const double *l, double most_l, const double *mean_l)
+{
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) {
+        double row = 0;
+        for (size_t j = 0; j < n; j++)
+            row += (k[i * n + j] / most_k - mean_k[i] - mean_k[j] + mean_k[n]) *
+                   (l[i * n + j] / most_l - mean_l[i] - mean_l[j] + mean_l[n]);
+        sum += row;
+    }
+    return sum;
+}
+
+static void pk__row_means(size_t n, const double *k, double most, double *means)
+{
+    means[n] = 0;
+    for (size_t i = 0; i < n; i++) {
+        double sum = 0;
+        for (size_t j = 0; j < n; j++)
+            sum += k[i * n + j] / most;
+        means[i] = sum / (double)n;
+        means[n] += means[i] / (double)n;
+    }
+}
+
+/* n (n - 3) HSIC_1. */
+static double pk__unbiased(double n, double product, double rows, double total_a, double total_b)
+{
+    return product + total_a * total_b / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows;
+}
+
+PK_API pk_status pk_measure_gram_pair(pk_context *context, size_t n, const double *first, const double *second,
+                                      pk_gram_pair_measures *measures)
+{
+    const double *k = first, *l = second;
+    double most_k = 0, most_l = 0, *means = NULL;
+    if (!measures)
+        return pk__fail(context, PK_ARGUMENT, "measures: the place for the result is NULL");
+    pk_status status = pk__symmetric_check(context, "measures, first matrix", n, k, &most_k);
+    if (!status)
+        status = pk__symmetric_check(context, "measures, second matrix", n, l, &most_l);
+    if (!status)
+        status = pk_allocate(context, n + 1, 2 * sizeof *means, "means of rows", &means);
+    if (status)
+        return status;
+    *measures = (pk_gram_pair_measures){(double)NAN, (double)NAN, (double)NAN, (double)NAN};
+    if (most_k > 0 && most_l > 0) {
+        const pk__gram_sums s = pk__gram_sum(n, k, most_k, l, most_l, 0);
+        double *mean_k = means, *mean_l = means + n + 1;
+        measures->alignment = s.kl / sqrt(s.kk) / sqrt(s.ll);
+        measures->distance = 1 - measures->alignment;
+        pk__row_means(n, k, most_k, mean_k);
+        pk__row_means(n, l, most_l, mean_l);
+        const double kk = pk__centred_product(n, k, most_k, mean_k, k, most_k, mean_k),
+                     ll = pk__centred_product(n, l, most_l, mean_l, l, most_l, mean_l),
+                     tiny = 1e-28 * (double)n * (double)n; /* rounding: what is centred is 0 */
+        if (kk > tiny && ll > tiny)
+            measures->cka = pk__centred_product(n, k, most_k, mean_k, l, most_l, mean_l) / sqrt(kk) / sqrt(ll);
+        if (n >= 4) {
+            const pk__gram_sums z = pk__gram_sum(n, k, most_k, l, most_l, 1);
+            const double m = (double)n, kl_1 = pk__unbiased(m, z.kl, z.row_kl, z.total_k, z.total_l),
+                         kk_1 = pk__unbiased(m, z.kk, z.row_kk, z.total_k, z.total_k),
+                         ll_1 = pk__unbiased(m, z.ll, z.row_ll, z.total_l, z.total_l);
+            if (kk_1 > tiny && ll_1 > tiny)
+                measures->cka_unbiased = kl_1 / sqrt(kk_1) / sqrt(ll_1);
+        }
+    }
+    pk_release(context, means);
+    return PK_OK;
+}
+
+/* ---- predictions ----------------------------------------------------------------------------------------- */
+
+/* The probability of the right class, its log odds f_y - log sum of exp f_c over the others, and whether it is predicted. */
+static int pk__right_class(size_t classes, const double *logits, size_t right, double *probability,
+                           double *log_odds)
+{
+    double most = logits[0], others = -INFINITY, sum = 0, rest = 0;
+    size_t predicted = 0;
+    for (size_t c = 0; c < classes; c++) {
+        if (logits[c] > most) {
+            most = logits[c];
+            predicted = c;
+        }
+        if (c != right)
+            others = fmax(others, logits[c]);
+    }
+    for (size_t c = 0; c < classes; c++) {
+        sum += exp(logits[c] - most);
+        rest += c == right ? 0 : exp(logits[c] - others);
+    }
+    *probability = exp(logits[right] - most) / sum;
+    *log_odds = logits[right] - others - log(rest);
+    return predicted == right;
+}
+
+PK_API pk_status pk_measure_predictions(pk_context *context, size_t m, size_t classes, const double *surrogate,
+                                        const double *network, const int64_t *labels,
+                                        pk_prediction_measures *measures)
+{
+    const double *logits[2] = {surrogate, network};
+    double *p[2], *odds[2], right[2] = {0, 0}, correlation = 0;
+    size_t numbers = 0, both = 0, either = 0, count = 0;
+    pk__arena arena = {NULL, 0, 0, 0};
+    if (!measures || !classes)
+        return pk__fail(context, PK_ARGUMENT, "measures: %s",
+                        classes ? "the place for the result is NULL" : "predictions of no class");
+    if (!pk__multiply(m, classes, &numbers))
+        return pk__fail(context, PK_OVERFLOW, "measures: %zu x %zu predictions overflow", m, classes);
+    pk_status status = pk__measure_check(context, "surrogate's predictions", numbers, surrogate);
+    if (!status)
+        status = pk__measure_check(context, "network's predictions", numbers, network);
+    if (!status)
+        status = pk__labels_check(context, m, classes, labels);
+    if (status)
+        return status;
+    do
+        for (int side = 0; side < 2; side++) {
+            p[side] = pk__arena_take(&arena, m, sizeof(double));
+            odds[side] = pk__arena_take(&arena, m, sizeof(double));
+        }
+    while (pk__arena_again(context, &arena, "probabilities", &status));
+    if (status)
+        return status;
+    for (size_t i = 0; i < m; i++) {
+        int good[2];
+        for (int side = 0; side < 2; side++) {
+            good[side] = pk__right_class(classes, logits[side] + i * classes, (size_t)labels[i],
+                                         &p[side][count], &odds[side][count]);
+            right[side] += good[side];
+        }
+        both += !good[0] && !good[1];
+        either += !good[0] || !good[1];
+        count += p[0][count] > 0 && p[0][count] < 1 && p[1][count] > 0 && p[1][count] < 1;
+    }
+    memset(measures, 0, sizeof *measures);
+    measures->left_out = m - count;
+    measures->r_miss = either ? (double)both / (double)either : (double)NAN;
+    measures->tad = m ? (right[0] - right[1]) / (double)m : (double)NAN;
+    status = pk_kendall(context, count, p[0], p[1], &measures->kendall);
+    if (!status)
+        status = pk_pearson(context, count, p[0], p[1], &measures->pearson);
+    if (!status)
+        status = pk_spearman(context, count, p[0], p[1], &measures->spearman);
+    if (!status)
+        status = pk_pearson(context, count, odds[0], odds[1], &correlation);
+    measures->log_odds_r2 = correlation * correlation;
+    pk_release(context, arena.base);
+    return status;
+}
+
+PK__END_COLD_CODE
 
 /* pathkernel/data/array.h: implementation */
 #include <errno.h>
@@ -6335,6 +7738,19 @@ static int pk__write_at(int descriptor, const void *data, size_t bytes, size_t o
     return 1;
 }
 
+/* Gives the file that size, with room on the disk for all of it: 0, or an errno. A mapping of a file with holes would answer
+ * with SIGBUS where the disk is full, and on some file systems even when a hole is only read. */
+PK__PRIVATE int pk__file_reserve(int descriptor, size_t size)
+{
+    if (ftruncate(descriptor, (off_t)size) != 0)
+        return errno;
+#ifdef __linux__
+    return posix_fallocate(descriptor, 0, (off_t)size);
+#else
+    return 0;
+#endif
+}
+
 /* ---- arrays ---- */
 
 /* By pk_type. */
@@ -6434,36 +7850,38 @@ PK_API size_t pk_array_items(const pk_array *array)
     return pk_array_length(array) * array->row_items;
 }
 
-PK_API void pk_array_reals(const pk_array *array, size_t first, size_t count, pk_real *out)
-{
-#define PK__CONVERT(from)                                         \
-    for (size_t i = 0; i < count; i++)                            \
-        out[i] = (pk_real)((const from *)array->data)[first + i]; \
+/* out[i] = item first + i as the type `to`. */
+#define PK__CONVERT(from, to)                                \
+    for (size_t i = 0; i < count; i++)                       \
+        out[i] = (to)((const from *)array->data)[first + i]; \
     break
-    if (!count)
-        return;
-    switch (array->type) {
-    case PK_FLOAT64:
-        if (sizeof(pk_real) == sizeof(double)) {
-            memcpy(out, (const double *)array->data + first, count * sizeof(double));
-            break;
+#define PK__CONVERT_ALL(to)                                                  \
+    if (count && array->type == (sizeof(to) == 8 ? PK_FLOAT64 : PK_FLOAT32)) \
+        memcpy(out, (const to *)array->data + first, count * sizeof(to));    \
+    else if (count)                                                          \
+        switch (array->type) {                                               \
+        case PK_FLOAT64: PK__CONVERT(double, to);                            \
+        case PK_FLOAT32: PK__CONVERT(float, to);                             \
+        case PK_INT64: PK__CONVERT(int64_t, to);                             \
+        case PK_INT32: PK__CONVERT(int32_t, to);                             \
+        case PK_INT16: PK__CONVERT(int16_t, to);                             \
+        case PK_INT8: PK__CONVERT(int8_t, to);                               \
+        case PK_UINT32: PK__CONVERT(uint32_t, to);                           \
+        case PK_UINT16: PK__CONVERT(uint16_t, to);                           \
+        case PK_UINT8: PK__CONVERT(uint8_t, to);                             \
+        case PK_BOOL: PK__CONVERT(uint8_t, to);                              \
         }
-        PK__CONVERT(double);
-    case PK_FLOAT32: PK__CONVERT(float);
-    case PK_INT64: PK__CONVERT(int64_t);
-    case PK_INT32: PK__CONVERT(int32_t);
-    case PK_INT16: PK__CONVERT(int16_t);
-    case PK_INT8: PK__CONVERT(int8_t);
-    case PK_UINT32: PK__CONVERT(uint32_t);
-    case PK_UINT16: PK__CONVERT(uint16_t);
-    case PK_UINT8: PK__CONVERT(uint8_t);
-    case PK_BOOL: PK__CONVERT(uint8_t);
-    }
-#undef PK__CONVERT
-}
 
-PK_API pk_status pk_array_read(pk_context *context, const pk_array *array, size_t first, size_t count,
-                               pk_real *out)
+PK_API void pk_array_reals(const pk_array *array, size_t first, size_t count,
+                           pk_real *out){PK__CONVERT_ALL(pk_real)}
+
+PK_API void pk_array_doubles(const pk_array *array, size_t first, size_t count,
+                             double *out){PK__CONVERT_ALL(double)}
+#undef PK__CONVERT_ALL
+#undef PK__CONVERT
+
+PK_API pk_status
+    pk_array_read(pk_context *context, const pk_array *array, size_t first, size_t count, pk_real *out)
 {
     if (!array->file) {
         pk_array_reals(array, first, count, out);
@@ -8067,6 +9485,7 @@ PK_API void pk_graph_release(pk_context *context, pk_graph *graph)
 PK__END_COLD_CODE
 
 /* pathkernel/network/pass.h: implementation */
+#include <math.h>
 #include <string.h>
 PK__BEGIN_CODE
 
@@ -8434,6 +9853,169 @@ PK__INTERNAL void pk__pass_forward(pk__tape *tape, const pk__line *line, size_t 
         pk__node_forward(tape, line, &graph->nodes[n], rows);
 }
 
+/* ---- mean slopes ------------------------------------------------------------------------------------------ */
+
+/* Along a stretch of a step an operation that is piecewise linear has one linear rule after the other. With the values at both
+ * ends, its mean slope over the stretch is that of the secant: of a number whose input goes from z_a to z_b and whose output
+ * goes from y_a to y_b,
+ *
+ *     slope_a + ((y_b - y_a) - slope_a (z_b - z_a)) / (z_b - z_a),
+ *
+ * exact where z is linear in t, whatever number of kinks is between. The second term is rounding where there is no kink, and then
+ * it is left out. An operation whose outputs depend on several inputs, such as a maximum, has rule a at the start and rule b at
+ * the end; rule b counts for the part of the stretch with which the secant is met. */
+
+PK__INTERNAL int pk__has_mean_slopes(const pk_node *node)
+{
+    return node->operation && node->operation->smoothness == PK_PIECEWISE_LINEAR && node->operation->switch_count &&
+           !node->weight_count && !node->input_constant;
+}
+
+PK__INTERNAL size_t pk__mean_numbers(const pk_graph *graph, size_t copies)
+{
+    int some = 0;
+    for (size_t n = 1; n < graph->node_count; n++)
+        some |= pk__has_mean_slopes(&graph->nodes[n]);
+    return some ? (PK_NODE_INPUTS + 3 + pk__max(copies, 1)) * graph->widest : 0;
+}
+
+/* Multiples of the rounding of what is subtracted; a smaller difference to the rule at the start is no kink. */
+enum { PK__NO_KINK = 8 };
+
+/* What the output does beyond the rule at the start; 0 where that is rounding. */
+static double pk__beyond_rule(double y_a, double y_b, double rule, double size)
+{
+    const double beyond = (y_b - y_a) - rule;
+    return fabs(beyond) > PK__NO_KINK * PK__EPSILON * (fabs(y_a) + fabs(y_b) + size) ? beyond : 0;
+}
+
+/* The node at one row of the tape, for operation rules. */
+static pk_call pk__call_at(const pk__tape *tape, const pk_node *node, size_t row, size_t copies)
+{
+    pk_call call;
+    pk__pass_call(tape, node, 1, copies, &call);
+    call.out += row * node->width;
+    for (int j = 0; j < node->input_count; j++)
+        call.in[j] += row * call.in_width[j];
+    return call;
+}
+
+/* The mean slopes of an elementwise operation over the stretch of row p. */
+static const pk_real *pk__mean_slopes(const pk__tape *tape, const pk_node *node, size_t p)
+{
+    const size_t width = node->width;
+    pk_real *slope = tape->mean, *ones = slope + width;
+    pk_call a = pk__call_at(tape, node, tape->from[p], 1);
+    const pk_call b = pk__call_at(tape, node, tape->to[p], 1);
+    for (size_t j = 0; j < width; j++)
+        ones[j] = 1;
+    a.in_tangent[0] = ones;
+    a.out_tangent = slope;
+    node->operation->tangent(&a);
+    for (size_t j = 0; j < width; j++) {
+        const double z_a = a.in[0][j], z_b = b.in[0][j], apart = z_b - z_a;
+        const double beyond = pk__beyond_rule(a.out[j], b.out[j], slope[j] * apart,
+                                              fabs((double)slope[j]) * (fabs(z_a) + fabs(z_b)));
+        if (beyond != 0 && apart != 0)
+            slope[j] = (pk_real)(slope[j] + beyond / apart);
+    }
+    return slope;
+}
+
+/* Of an operation whose outputs depend on several inputs: the part of the stretch of row p for which the rule at its end counts,
+ * for each output; NULL: none of it for all of them. */
+static const pk_real *pk__mean_parts(const pk__tape *tape, const pk_node *node, size_t p)
+{
+    const size_t width = node->width, widest = tape->graph->widest;
+    pk_real *part = tape->mean, *rule_b = part + widest, *apart = rule_b + widest;
+    pk_call a = pk__call_at(tape, node, tape->from[p], 1), b = pk__call_at(tape, node, tape->to[p], 1);
+    int some = 0;
+    for (int j = 0; j < node->input_count; j++, apart += widest) {
+        for (size_t i = 0; i < a.in_width[j]; i++)
+            apart[i] = b.in[j][i] - a.in[j][i];
+        a.in_tangent[j] = b.in_tangent[j] = apart;
+    }
+    a.out_tangent = part;
+    b.out_tangent = rule_b;
+    node->operation->tangent(&a);
+    node->operation->tangent(&b);
+    for (size_t i = 0; i < width; i++) {
+        const double beyond = pk__beyond_rule(a.out[i], b.out[i], part[i], fabs((double)part[i])),
+                     between = (double)rule_b[i] - (double)part[i];
+        const double met = beyond == 0 ? 0 : between != 0 ? beyond / between : 0.5;
+        part[i] = (pk_real)(met < 0 ? 0 : met > 1 ? 1 : met);
+        some |= met != 0;
+    }
+    return some ? part : NULL;
+}
+
+/* to = part o from, or (1 - part) o from, of `copies` times `width` numbers. */
+static void pk__take_parts(size_t copies, size_t width, const pk_real *part, int rest, const pk_real *from,
+                           pk_real *to)
+{
+    for (size_t k = 0; k < copies; k++, from += width, to += width)
+        for (size_t i = 0; i < width; i++)
+            to[i] = (rest ? 1 - part[i] : part[i]) * from[i];
+}
+
+PK__INTERNAL void pk__mean_reverse(const pk__tape *tape, const pk_call *call)
+{
+    const pk_node *node = call->node;
+    const size_t width = node->width, copies = call->copies;
+    for (size_t p = 0; p < call->rows; p++) {
+        const pk_real *from = call->out_cotangent + p * copies * width;
+        if (node->operation->elementwise) {
+            if (call->in_cotangent[0])
+                pk__times(copies, width, from, pk__mean_slopes(tape, node, p), call->accumulate[0],
+                          call->in_cotangent[0] + p * copies * width);
+            continue;
+        }
+        const pk_real *part = pk__mean_parts(tape, node, p);
+        pk_real *scaled = tape->mean + (PK_NODE_INPUTS + 3) * tape->graph->widest;
+        for (int end = 0; end < (part ? 2 : 1); end++) {
+            pk_call one = pk__call_at(tape, node, end ? tape->to[p] : tape->from[p], copies);
+            one.out_cotangent = from;
+            for (int j = 0; j < node->input_count; j++) {
+                one.accumulate[j] = end || call->accumulate[j];
+                one.in_cotangent[j] =
+                    call->in_cotangent[j] ? call->in_cotangent[j] + p * copies * call->in_width[j] : NULL;
+            }
+            if (part) {
+                pk__take_parts(copies, width, part, !end, from, scaled);
+                one.out_cotangent = scaled;
+            }
+            node->operation->reverse(&one);
+        }
+    }
+}
+
+/* call->out_tangent = the mean slopes times call->in_tangent. */
+static void pk__mean_tangent(const pk__tape *tape, const pk_call *call)
+{
+    const pk_node *node = call->node;
+    const size_t width = node->width;
+    for (size_t p = 0; p < call->rows; p++) {
+        pk_real *to = call->out_tangent + p * width;
+        if (node->operation->elementwise) {
+            const pk_real *slope = pk__mean_slopes(tape, node, p);
+            for (size_t j = 0; j < width; j++)
+                to[j] = call->in_tangent[0] ? slope[j] * call->in_tangent[0][p * width + j] : 0;
+            continue;
+        }
+        const pk_real *part = pk__mean_parts(tape, node, p);
+        pk_real *at_end = tape->mean + tape->graph->widest;
+        for (int end = 0; end < (part ? 2 : 1); end++) {
+            pk_call one = pk__call_at(tape, node, end ? tape->to[p] : tape->from[p], 1);
+            for (int j = 0; j < node->input_count; j++)
+                one.in_tangent[j] = call->in_tangent[j] ? call->in_tangent[j] + p * call->in_width[j] : NULL;
+            one.out_tangent = end ? at_end : to;
+            node->operation->tangent(&one);
+        }
+        for (size_t j = 0; part && j < width; j++)
+            to[j] += part[j] * (at_end[j] - to[j]);
+    }
+}
+
 PK__PRIVATE void pk__node_reverse(pk__tape *tape, const pk__line *line, const pk_node *node, size_t rows,
                                   size_t copies)
 {
@@ -8450,6 +10032,10 @@ PK__PRIVATE void pk__node_reverse(pk__tape *tape, const pk__line *line, const pk
         call.in_cotangent[j] = tape->cotangent[node->inputs[j]];
         /* The first consumer met, which is the last in the graph, writes; the others add. */
         call.accumulate[j] = node->shared[j];
+    }
+    if (tape->from && pk__has_mean_slopes(node)) {
+        pk__mean_reverse(tape, &call);
+        return;
     }
     int along = line->direction && node->weight_count;
     if (tape->unit_seeds && node == &graph->nodes[graph->node_count - 1] && copies == node->fan_out &&
@@ -8495,6 +10081,10 @@ PK__PRIVATE void pk__node_tangent(pk__tape *tape, const pk__line *line, const pk
     call.out_tangent = tape->tangent[node - graph->nodes];
     for (int j = 0; j < node->input_count; j++)
         call.in_tangent[j] = graph->nodes[node->inputs[j]].varies ? tape->tangent[node->inputs[j]] : NULL;
+    if (tape->from && pk__has_mean_slopes(node)) {
+        pk__mean_tangent(tape, &call);
+        return;
+    }
     if (call.direction && line->t && pk__is_plain_layer(node) && !node->input_constant) {
         pk__line_layer(tape, line, &call, 1);
         return;
@@ -8542,6 +10132,25 @@ PK__INTERNAL void pk__pass_weight_gradient(pk__tape *tape, size_t rows, pk_real 
 
 #define PK__EVALUATE_ROWS ((size_t)64)
 
+/* What one thread evaluates a network with. */
+typedef struct pk__evaluator {
+    pk__tape tape;
+    pk_real *rows; /* PK__EVALUATE_ROWS x D: a block of the inputs */
+} pk__evaluator;
+
+/* *unrolled: the weights in the layout of the spread vector, NULL without ties. */
+static void pk__evaluators_take(pk__arena *arena, const pk_graph *graph, size_t threads,
+                                pk__evaluator **evaluators, pk_real **unrolled)
+{
+    *evaluators = pk__arena_take(arena, threads, sizeof **evaluators);
+    *unrolled = pk__arena_take(arena, graph->tied ? graph->spread : 0, sizeof **unrolled);
+    for (size_t thread = 0; thread < threads; thread++) {
+        pk__evaluator measured, *own = *evaluators ? *evaluators + thread : &measured;
+        pk__pass_take(arena, graph, PK__EVALUATE_ROWS, 0, 0, &own->tape);
+        own->rows = pk__arena_take(arena, PK__EVALUATE_ROWS, graph->input_width * sizeof(pk_real));
+    }
+}
+
 PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, const pk_real *weights,
                                    pk_matrix inputs, pk_matrix outputs)
 {
@@ -8565,46 +10174,35 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
     size_t blocks = pk__blocks(inputs.rows, PK__EVALUATE_ROWS);
     size_t threads = pk__min((size_t)pk_threads(context), blocks);
     pk__arena arena = {NULL, 0, 0, 0};
-    pk__tape tape;
-    pk__pass_take(&arena, graph, PK__EVALUATE_ROWS, 0, 0, &tape);
-    pk__arena_take(&arena, PK__EVALUATE_ROWS, inputs.cols * sizeof(pk_real));
-    if (arena.overflow)
-        return pk__fail(context, PK_OVERFLOW, "the memory to evaluate this network overflows");
-    const size_t bytes = arena.used;
-    unsigned char *memory = NULL;
-    pk_real *spread = NULL;
-    pk_status status = pk_allocate(context, threads, bytes, "evaluating the network", &memory);
-    if (!status && graph->tied)
-        status = pk_allocate(context, graph->spread, sizeof *spread, "evaluating the network", &spread);
-    if (status) {
-        pk_release(context, memory);
+    pk__evaluator *evaluators;
+    pk_real *unrolled;
+    pk_status status;
+    do
+        pk__evaluators_take(&arena, graph, threads, &evaluators, &unrolled);
+    while (pk__arena_again(context, &arena, "evaluating the network", &status));
+    if (status)
         return status;
-    }
-    if (spread) {
-        pk_graph_spread(graph, weights, spread);
-        weights = spread;
+    if (unrolled) {
+        pk_graph_spread(graph, weights, unrolled);
+        weights = unrolled;
     }
     const pk__line line = {weights, NULL, NULL};
     pk__team team = pk__team_of(context, (int)threads, blocks);
     PK__PARALLEL(team)
     for (size_t block = pk__first_task(&team); block < blocks; block = pk__next_task(&team)) {
-        pk__arena own = {memory + (size_t)pk__thread() * bytes, bytes, 0, 0};
-        pk__tape batch;
-        pk__pass_take(&own, graph, PK__EVALUATE_ROWS, 0, 0, &batch);
-        pk_real *rows = pk__arena_take(&own, PK__EVALUATE_ROWS, inputs.cols * sizeof *rows);
+        pk__evaluator *own = &evaluators[pk__thread()];
         size_t first = block * PK__EVALUATE_ROWS;
         size_t count = pk__min(inputs.rows - first, PK__EVALUATE_ROWS);
         for (size_t row = 0; row < count; row++)
-            memcpy(rows + row * inputs.cols, inputs.data + (first + row) * inputs.ld,
-                   inputs.cols * sizeof *rows);
-        pk__pass_forward(&batch, &line, count, rows);
+            memcpy(own->rows + row * inputs.cols, inputs.data + (first + row) * inputs.ld,
+                   inputs.cols * sizeof(pk_real));
+        pk__pass_forward(&own->tape, &line, count, own->rows);
         for (size_t row = 0; row < count; row++)
-            memcpy(outputs.data + (first + row) * outputs.ld, pk__pass_output(&batch) + row * outputs.cols,
-                   outputs.cols * sizeof *rows);
+            memcpy(outputs.data + (first + row) * outputs.ld, pk__pass_output(&own->tape) + row * outputs.cols,
+                   outputs.cols * sizeof(pk_real));
     }
     pk__team_end(&team);
-    pk_release(context, spread);
-    pk_release(context, memory);
+    pk_release(context, arena.base);
     return PK_OK;
 }
 
@@ -14494,6 +16092,53 @@ static const char *pk__accept_class(size_t outputs, const pk_real *y)
     return ones == 1 && ones + zeros == outputs ? NULL : "one 1 and otherwise 0";
 }
 
+/* ---- kinks: functions of the outputs that change their sign where the gradient jumps or bends ------------- */
+
+static void pk__l1_switches(const pk_criterion *c, size_t outputs, const pk_real *f, const pk_real *y,
+                            pk_real *to)
+{
+    (void)c;
+    for (size_t j = 0; j < outputs; j++)
+        to[j] = f[j] - y[j];
+}
+
+static void pk__huber_switches(const pk_criterion *c, size_t outputs, const pk_real *f, const pk_real *y,
+                               pk_real *to)
+{
+    const pk_real edge = (pk_real)pk__huber_edge(c);
+    for (size_t j = 0; j < outputs; j++) {
+        to[2 * j] = f[j] - y[j] - edge;
+        to[2 * j + 1] = f[j] - y[j] + edge;
+    }
+}
+
+static void pk__hinge_switches(const pk_criterion *c, size_t outputs, const pk_real *f, const pk_real *y,
+                               pk_real *to)
+{
+    size_t k = 0;
+    (void)c;
+    if (outputs == 1) {
+        to[0] = 1 - y[0] * f[0];
+        return;
+    }
+    for (size_t j = 1; j < outputs; j++)
+        if (y[j] > y[k])
+            k = j;
+    for (size_t j = 0; j < outputs; j++)
+        to[j] = j == k ? 1 : 1 - f[k] + f[j];
+}
+
+/* Where its divisor ends, in logarithms: of an output of sigmoid these are nearly straight. */
+static void pk__binary_cross_entropy_switches(const pk_criterion *c, size_t outputs, const pk_real *f,
+                                              const pk_real *y, pk_real *to)
+{
+    (void)c, (void)y;
+    for (size_t j = 0; j < outputs; j++) {
+        const double spread = (double)f[j] * (1 - (double)f[j]);
+        to[j] = (pk_real)log((spread > 1e-300 ? spread : 1e-300) / PK__LEAST_SPREAD);
+    }
+}
+
 enum {
     PK__LABEL_SMOOTHING = 1,
     PK__IGNORE_INDEX = 2,
@@ -14516,6 +16161,9 @@ typedef struct pk__loss_rule {
     const char *domain; /* what its outputs must be, if anything */
     int classes;        /* integer targets are classes even with one output */
     unsigned options;   /* those it takes */
+    int degree;         /* of the gradient as a polynomial in f, between kinks; -1: it is none */
+    size_t kinks;       /* switch functions for each output, 0: the loss has no kinks */
+    void (*switches)(const pk_criterion *c, size_t outputs, const pk_real *f, const pk_real *y, pk_real *to);
 } pk__loss_rule;
 
 static const pk__loss_rule pk__losses[] = {
@@ -14523,25 +16171,29 @@ static const pk__loss_rule pk__losses[] = {
      .name = "squared",
      .evaluate = pk__squared,
      .curvature = pk__squared_hessian,
-     .accept = pk__accept_any},
+     .accept = pk__accept_any,
+     .degree = 1},
     {.loss = PK_MEAN_SQUARED,
      .name = "mean_squared",
      .evaluate = pk__mean_squared,
      .curvature = pk__mean_squared_hessian,
-     .accept = pk__accept_any},
+     .accept = pk__accept_any,
+     .degree = 1},
     {.loss = PK_SOFTMAX_CROSS_ENTROPY,
      .name = "softmax_cross_entropy",
      .evaluate = pk__softmax_cross_entropy,
      .curvature = pk__softmax_hessian,
      .accept = pk__accept_masses,
      .classes = 1,
-     .options = PK__LABEL_SMOOTHING | PK__IGNORE_INDEX | PK__WEIGHT},
+     .options = PK__LABEL_SMOOTHING | PK__IGNORE_INDEX | PK__WEIGHT,
+     .degree = -1},
     {.loss = PK_LOGISTIC,
      .name = "logistic",
      .evaluate = pk__logistic,
      .curvature = pk__logistic_hessian,
      .accept = pk__accept_probabilities,
-     .options = PK__POS_WEIGHT},
+     .options = PK__POS_WEIGHT,
+     .degree = -1},
     {.loss = PK_NLL,
      .name = "nll",
      .evaluate = pk__nll,
@@ -14554,13 +16206,24 @@ static const pk__loss_rule pk__losses[] = {
      .evaluate = pk__huber,
      .curvature = pk__huber_hessian,
      .accept = pk__accept_any,
-     .options = PK__DELTA | PK__BETA},
+     .options = PK__DELTA | PK__BETA,
+     .degree = 1,
+     .kinks = 2,
+     .switches = pk__huber_switches},
     {.loss = PK_HINGE,
      .name = "hinge",
      .evaluate = pk__hinge,
      .curvature = pk__no_hessian,
-     .accept = pk__accept_class},
-    {.loss = PK_L1, .name = "l1", .evaluate = pk__l1, .curvature = pk__no_hessian, .accept = pk__accept_any},
+     .accept = pk__accept_class,
+     .kinks = 1,
+     .switches = pk__hinge_switches},
+    {.loss = PK_L1,
+     .name = "l1",
+     .evaluate = pk__l1,
+     .curvature = pk__no_hessian,
+     .accept = pk__accept_any,
+     .kinks = 1,
+     .switches = pk__l1_switches},
     {.loss = PK_KL_DIV,
      .name = "kl_div",
      .evaluate = pk__kl_div,
@@ -14573,7 +16236,10 @@ static const pk__loss_rule pk__losses[] = {
      .evaluate = pk__binary_cross_entropy,
      .curvature = pk__binary_cross_entropy_hessian,
      .accept = pk__accept_probabilities,
-     .domain = "binary_cross_entropy takes outputs in [0, 1], such as those of sigmoid"},
+     .domain = "binary_cross_entropy takes outputs in [0, 1], such as those of sigmoid",
+     .degree = -1,
+     .kinks = 1,
+     .switches = pk__binary_cross_entropy_switches},
 };
 
 enum { PK__LOSSES = (int)(sizeof pk__losses / sizeof pk__losses[0]) };
@@ -14584,6 +16250,26 @@ PK__PRIVATE const pk__loss_rule *pk__loss_find(pk_loss loss)
         if (pk__losses[i].loss == loss)
             return &pk__losses[i];
     return NULL;
+}
+
+/* How many functions of the outputs change their sign where the loss has kinks, and their values at the outputs f. */
+PK__PRIVATE size_t pk__criterion_kinks(const pk_criterion *c, size_t outputs)
+{
+    const pk__loss_rule *rule = c ? pk__loss_find(c->loss) : NULL;
+    return rule ? rule->kinks * outputs : 0;
+}
+
+PK__PRIVATE void pk__criterion_switches(const pk_criterion *c, size_t outputs, const pk_real *f,
+                                        const pk_real *target, pk_real *to)
+{
+    pk__loss_find(c->loss)->switches(c, outputs, f, target, to);
+}
+
+/* The degree of the gradient as a polynomial in the outputs, between kinks; -1: it is none. */
+PK__PRIVATE int pk__criterion_degree(const pk_criterion *c)
+{
+    const pk__loss_rule *rule = c ? pk__loss_find(c->loss) : NULL;
+    return rule ? rule->degree : -1;
 }
 
 PK_API pk_status pk_loss_parse(pk_context *context, const char *name, pk_loss *loss)
@@ -15433,22 +17119,40 @@ static void pk__sweep_inputs(const pk__sweep *sweep, size_t first, size_t rows, 
 /* Computes a group of blocks, one task of a thread, with a sum of its own. Returns the first row with a result that is not
  * finite, or SIZE_MAX. */
 static size_t pk__sweep_group(const pk__sweep *sweep, const pk__gradient_plan *plan, size_t group,
-                              unsigned char *memory, size_t bytes, pk_real *sum)
+                              pk__sweep_lane *lane, pk_real *sum)
 {
     size_t first = plan->blocks * group / plan->groups * plan->block, bad = SIZE_MAX;
     const size_t end = pk__min(plan->blocks * (group + 1) / plan->groups * plan->block, sweep->rows);
-    pk__arena arena = {memory, bytes, 0, 0};
-    pk__sweep_lane lane;
-    pk__sweep_take(&arena, sweep, pk__min(plan->block, sweep->rows), &lane);
     if (sum)
         memset(sum, 0, sweep->graph->spread * sizeof *sum);
     for (; first < end; first += plan->block) {
         const size_t rows = pk__min(end - first, plan->block);
-        pk__sweep_inputs(sweep, first, rows, lane.inputs);
-        const size_t found = sweep->block(sweep, &lane, first, rows, sum);
+        pk__sweep_inputs(sweep, first, rows, lane->inputs);
+        const size_t found = sweep->block(sweep, lane, first, rows, sum);
         bad = bad == SIZE_MAX ? found : bad;
     }
     return bad;
+}
+
+/* What the threads of a sweep share, and the lane of each. */
+typedef struct pk__sweep_memory {
+    pk__sweep_lane *lanes;
+    size_t *bad;      /* of each group: what pk__sweep_group returned */
+    pk_real *partial; /* the sums of all groups but the first, which writes to the result */
+} pk__sweep_memory;
+
+static void pk__sweep_memory_take(pk__arena *arena, const pk__sweep *sweep, const pk__gradient_plan *plan,
+                                  size_t threads, pk__sweep_memory *memory)
+{
+    const size_t sum = sweep->graph->spread * sizeof *memory->partial;
+    memory->lanes = pk__arena_take(arena, threads, sizeof *memory->lanes);
+    memory->bad = pk__arena_take(arena, plan->groups, sizeof *memory->bad);
+    memory->partial = pk__arena_take(arena, sweep->sum ? plan->groups - 1 : 0, sum);
+    for (size_t thread = 0; thread < threads; thread++) {
+        pk__sweep_lane measured;
+        pk__sweep_take(arena, sweep, pk__min(plan->block, sweep->rows),
+                       memory->lanes ? &memory->lanes[thread] : &measured);
+    }
 }
 
 /* Checks the rows, allocates and computes all blocks; weights and sum have the layout of the spread vector. */
@@ -15471,45 +17175,36 @@ static pk_status pk__sweep_spread(pk_context *context, const pk__sweep *sweep)
     size_t threads = pk__min((size_t)pk_threads(context), plan.groups);
     threads = (double)threads <= work ? threads : work < 1 ? 1 : (size_t)work;
     pk__arena arena = {NULL, 0, 0, 0};
-    pk__sweep_lane lane;
-    pk__sweep_take(&arena, sweep, pk__min(plan.block, sweep->rows), &lane);
-    if (arena.overflow)
-        return pk__fail(context, PK_OVERFLOW, "%s: the memory for this network overflows", sweep->name);
-    const size_t bytes = arena.used;
-    unsigned char *memory = NULL;
-    size_t *bad = NULL;
-    pk_real *partial = NULL;
-    pk_status status = pk_allocate(context, threads, bytes, sweep->name, &memory);
-    if (!status)
-        status = pk_allocate(context, plan.groups, sizeof *bad, sweep->name, &bad);
-    if (!status && sweep->sum && plan.groups > 1)
-        status = pk_allocate(context, plan.groups - 1, parameters * sizeof *partial, sweep->name, &partial);
+    pk__sweep_memory memory;
+    pk_status status;
+    do
+        pk__sweep_memory_take(&arena, sweep, &plan, threads, &memory);
+    while (pk__arena_again(context, &arena, sweep->name, &status));
     for (size_t r = 0; !status && graph->checked && r < sweep->rows; r++) {
-        pk__sweep_inputs(sweep, r, 1, (pk_real *)memory);
-        status = pk_graph_check_inputs(context, graph, r, (pk_real *)memory);
+        pk__sweep_inputs(sweep, r, 1, memory.lanes->inputs);
+        status = pk_graph_check_inputs(context, graph, r, memory.lanes->inputs);
     }
     if (!status) {
         const int workers = (int)threads;
         pk__team team = pk__team_of(context, workers, plan.groups);
         PK__PARALLEL(team)
         for (size_t group = pk__first_task(&team); group < plan.groups; group = pk__next_task(&team))
-            bad[group] = pk__sweep_group(sweep, &plan, group, memory + (size_t)pk__thread() * bytes, bytes,
-                                         group && sweep->sum ? partial + (group - 1) * parameters : sweep->sum);
+            memory.bad[group] = pk__sweep_group(
+                sweep, &plan, group, &memory.lanes[pk__thread()],
+                group && sweep->sum ? memory.partial + (group - 1) * parameters : sweep->sum);
         pk__team_end(&team);
         const int finite =
-            !sweep->sum || pk__gradient_reduce(context, sweep->sum, partial, plan.groups, parameters, workers);
+            !sweep->sum || pk__gradient_reduce(context, sweep->sum, memory.partial, plan.groups, parameters, workers);
         size_t group = 0;
-        while (group < plan.groups && bad[group] == SIZE_MAX)
+        while (group < plan.groups && memory.bad[group] == SIZE_MAX)
             group++;
         if (group < plan.groups)
             status = pk__fail(context, PK_NOT_FINITE, "%s: the result for row %zu is not finite", sweep->name,
-                              bad[group]);
+                              memory.bad[group]);
         else if (!finite)
             status = pk__fail(context, PK_NOT_FINITE, "%s: the sum over rows is not finite", sweep->name);
     }
-    pk_release(context, partial);
-    pk_release(context, bad);
-    pk_release(context, memory);
+    pk_release(context, arena.base);
     return status;
 }
 
@@ -15520,23 +17215,27 @@ static pk_status pk__sweep_run(pk_context *context, const pk__sweep *sweep)
     if (!graph->tied)
         return pk__sweep_spread(context, sweep);
     pk__sweep own = *sweep;
-    pk_real *numbers = NULL;
-    pk_status status = pk_allocate(context, 3, spread * sizeof *numbers, sweep->name, &numbers);
+    pk_real *weights, *direction;
+    pk_status status;
+    pk__arena arena = {NULL, 0, 0, 0};
+    do {
+        weights = pk__arena_take(&arena, spread, sizeof *weights);
+        direction = pk__arena_take(&arena, sweep->direction ? spread : 0, sizeof *direction);
+        own.sum = pk__arena_take(&arena, sweep->sum ? spread : 0, sizeof *own.sum);
+    } while (pk__arena_again(context, &arena, sweep->name, &status));
     if (status)
         return status;
-    pk_graph_spread(graph, sweep->weights, numbers);
-    own.weights = numbers;
-    if (sweep->direction) {
-        pk_graph_spread(graph, sweep->direction, numbers + spread);
-        own.direction = numbers + spread;
-    }
-    own.sum = sweep->sum ? numbers + 2 * spread : NULL;
+    pk_graph_spread(graph, sweep->weights, weights);
+    if (direction)
+        pk_graph_spread(graph, sweep->direction, direction);
+    own.weights = weights;
+    own.direction = direction;
     status = pk__sweep_spread(context, &own);
     if (sweep->sum && (!status || status == PK_NOT_FINITE)) {
         pk_graph_gather(graph, own.sum, own.sum);
         memcpy(sweep->sum, own.sum, graph->parameters * sizeof *own.sum);
     }
-    pk_release(context, numbers);
+    pk_release(context, arena.base);
     return status;
 }
 
@@ -16214,6 +17913,18 @@ typedef struct pk__update {
     pk_real *state, *update;
 } pk__update;
 
+/* Updates made before a step. */
+static double pk__updates_before(const pk_optimizer *optimizer, size_t step)
+{
+    return (double)optimizer->initial_step + (double)step;
+}
+
+/* Whether the state before a step is that of an optimizer that has made no update. */
+static int pk__is_first_update(const pk_optimizer *optimizer, size_t step)
+{
+    return step == 0 && !optimizer->initial_state;
+}
+
 static size_t pk__sgd_state_vectors(const pk_optimizer *optimizer)
 {
     return optimizer->momentum != 0;
@@ -16235,7 +17946,8 @@ static void pk__sgd_update(const pk_optimizer *optimizer, const pk__update *call
         return;
     }
     /* PyTorch starts the buffer as the gradient itself, undampened. */
-    double carry = call->step ? momentum : 0, gain = call->step ? 1 - optimizer->dampening : 1;
+    const int first = pk__is_first_update(optimizer, call->step);
+    double carry = first ? 0 : momentum, gain = first ? 1 : 1 - optimizer->dampening;
     double enter = optimizer->nesterov ? momentum : 1, direct = optimizer->nesterov ? 1 : 0;
     if (update) {
         PK__SIMD
@@ -16258,8 +17970,9 @@ static void pk__sgd_linear_form(const pk_optimizer *optimizer, size_t step, doub
     (void)count, (void)apart, (void)state, (void)preconditioner;
     double momentum = optimizer->momentum;
     if (momentum != 0) {
-        form->carry = step ? momentum : 0;
-        form->gain = step ? 1 - optimizer->dampening : 1;
+        const int first = pk__is_first_update(optimizer, step);
+        form->carry = first ? 0 : momentum;
+        form->gain = first ? 1 : 1 - optimizer->dampening;
         form->enter = optimizer->nesterov ? momentum : 1;
     }
     form->direct = momentum == 0 || optimizer->nesterov ? 1 : 0;
@@ -16278,11 +17991,11 @@ static size_t pk__adam_moments(const pk_optimizer *optimizer)
     return optimizer->amsgrad ? 2 : 1;
 }
 
-/* lr / (1 - beta1^{s+1}) and 1 / sqrt(1 - beta2^{s+1}). */
+/* lr / (1 - beta1^n) and 1 / sqrt(1 - beta2^n) at update n, s + 1 where there is no state to begin with. */
 static void pk__adam_corrections(const pk_optimizer *optimizer, size_t step, double rate, double *size,
                                  double *spread)
 {
-    double count = (double)step + 1;
+    double count = pk__updates_before(optimizer, step) + 1;
     *size = rate / (1 - pow(optimizer->beta1, count));
     *spread = 1 / sqrt(1 - pow(optimizer->beta2, count));
 }
@@ -16364,6 +18077,11 @@ static size_t pk__rmsprop_moments(const pk_optimizer *optimizer)
     return optimizer->momentum != 0 || optimizer->centered ? SIZE_MAX : 0;
 }
 
+static size_t pk__rmsprop_momentum(const pk_optimizer *optimizer)
+{
+    return optimizer->momentum != 0 ? 1 : SIZE_MAX;
+}
+
 /* Its divisor at number i of a state. */
 static double pk__rmsprop_divisor(const pk_optimizer *optimizer, const pk_real *v, const pk_real *mean)
 {
@@ -16425,11 +18143,18 @@ static size_t pk__adagrad_moments(const pk_optimizer *optimizer)
     return 0;
 }
 
+static size_t pk__adagrad_momentum(const pk_optimizer *optimizer)
+{
+    (void)optimizer;
+    return SIZE_MAX;
+}
+
 static void pk__adagrad_update(const pk_optimizer *optimizer, const pk__update *call)
 {
     const double scale = call->scale, decay = optimizer->weight_decay, epsilon = optimizer->epsilon;
-    const double rate = call->rate / (1 + (double)call->step * optimizer->lr_decay);
-    const double initial = call->step ? 0 : optimizer->initial_accumulator_value;
+    const double rate = call->rate / (1 + pk__updates_before(optimizer, call->step) * optimizer->lr_decay);
+    const double initial =
+        pk__is_first_update(optimizer, call->step) ? optimizer->initial_accumulator_value : 0;
     pk_real *sum = call->state;
     for (size_t i = 0; i < call->count; i++) {
         const double g = scale * call->gradient[i] + decay * call->weights[i];
@@ -16447,7 +18172,7 @@ static void pk__adagrad_linear_form(const pk_optimizer *optimizer, size_t step, 
     form->direct = 1;
     form->coupled = optimizer->weight_decay;
     form->preconditioned = 1;
-    form->rate = rate / (1 + (double)step * optimizer->lr_decay);
+    form->rate = rate / (1 + pk__updates_before(optimizer, step) * optimizer->lr_decay);
     if (preconditioner)
         for (size_t i = 0; i < count; i++)
             preconditioner[i] = (pk_real)(form->rate / (sqrt((double)state[i]) + optimizer->epsilon));
@@ -16486,7 +18211,7 @@ static double pk__nadam_product(const pk_optimizer *optimizer, double n)
 static void pk__nadam_factors(const pk_optimizer *optimizer, size_t step, double *enter, double *direct,
                               double *spread)
 {
-    const double k = (double)step + 1, mu = pk__nadam_momentum(optimizer, k),
+    const double k = pk__updates_before(optimizer, step) + 1, mu = pk__nadam_momentum(optimizer, k),
                  next = pk__nadam_momentum(optimizer, k + 1), product = pk__nadam_product(optimizer, k);
     *direct = (1 - mu) / (1 - product);
     *enter = next / (1 - product * next);
@@ -16601,6 +18326,8 @@ typedef struct pk__optimizer_rule {
     size_t (*state_vectors)(const pk_optimizer *optimizer);
     /* The number of the state vector that second_moments.npy has; SIZE_MAX: it has none. NULL: never. */
     size_t (*moments)(const pk_optimizer *optimizer);
+    /* The number of the state vector that m of the linear form is; SIZE_MAX: it has none. NULL: the first. */
+    size_t (*momentum)(const pk_optimizer *optimizer);
     void (*update)(const pk_optimizer *optimizer, const pk__update *call);
     void (*linear_form)(const pk_optimizer *optimizer, size_t step, double rate, size_t count, size_t apart,
                         const pk_real *state, pk_linear_form *form,
@@ -16645,6 +18372,7 @@ static const pk__optimizer_rule pk__optimizer_rules[] = {
               PK__KEY(centered, PK__SWITCH, 0), PK__KEY(maximize, PK__SWITCH, 0)},
      .state_vectors = pk__rmsprop_state_vectors,
      .moments = pk__rmsprop_moments,
+     .momentum = pk__rmsprop_momentum,
      .update = pk__rmsprop_update,
      .linear_form = pk__rmsprop_linear_form},
     {.kind = PK_ADAGRAD,
@@ -16654,6 +18382,7 @@ static const pk__optimizer_rule pk__optimizer_rules[] = {
               PK__KEY(epsilon, PK__NOT_NEGATIVE, 1e-10), PK__KEY(maximize, PK__SWITCH, 0)},
      .state_vectors = pk__adagrad_state_vectors,
      .moments = pk__adagrad_moments,
+     .momentum = pk__adagrad_momentum,
      .update = pk__adagrad_update,
      .linear_form = pk__adagrad_linear_form},
     {.kind = PK_NADAM,
@@ -16794,6 +18523,23 @@ PK__PRIVATE size_t pk__optimizer_moments(const pk_optimizer *optimizer)
 {
     const pk__optimizer_rule *rule = pk__optimizer_find(optimizer->kind);
     return rule && rule->moments ? rule->moments(optimizer) : SIZE_MAX;
+}
+
+/* The number of the state vector that is m of the linear form, up to the sign of a form that is negated; SIZE_MAX: none. */
+PK__PRIVATE size_t pk__optimizer_momentum(const pk_optimizer *optimizer)
+{
+    const pk__optimizer_rule *rule = pk__optimizer_find(optimizer->kind);
+    if (!rule || !rule->state_vectors(optimizer))
+        return SIZE_MAX;
+    return rule->momentum ? rule->momentum(optimizer) : 0;
+}
+
+/* Whether all numbers of state vector number `vector` are >= 0: of all but m, and rmsprop's mean gradient. */
+PK__PRIVATE int pk__optimizer_not_negative(const pk_optimizer *optimizer, size_t vector)
+{
+    if (vector >= pk_optimizer_state_vectors(optimizer) || vector == pk__optimizer_momentum(optimizer))
+        return 0;
+    return optimizer->kind != PK_RMSPROP || vector == 0;
 }
 
 /* Whether weight decay shrinks the weights beside the gradients, instead of being a part of them. */
@@ -17145,6 +18891,23 @@ PK__PRIVATE size_t pk__groups_moments(const pk_optimizer *optimizer, const pk_pa
         if (!groups->group[g].frozen && pk__optimizer_moments(&groups->group[g].optimizer) != moments)
             return SIZE_MAX;
     return moments;
+}
+
+/* m (P): the momentum of the linear form before step 0, from the state to begin with (V P); 0 where a tensor has none. */
+PK__PRIVATE void pk__groups_first_momentum(const pk_optimizer *optimizer, const pk_parameter_groups *groups,
+                                           size_t parameters, const pk_real *state, pk_real *m)
+{
+    const pk_parameter_range all = {0, parameters, 0};
+    const size_t ranges = pk__is_grouped(groups) ? groups->range_count : 1;
+    for (size_t r = 0; r < ranges; r++) {
+        const pk_parameter_range *range = pk__is_grouped(groups) ? &groups->range[r] : &all;
+        const pk_optimizer *own = pk__group_optimizer(optimizer, groups, range->group);
+        const size_t vector = pk__group_frozen(groups, range->group) ? SIZE_MAX : pk__optimizer_momentum(own);
+        for (size_t i = range->first; i < range->first + range->count; i++)
+            m[i] = vector == SIZE_MAX ? 0
+                   : own->maximize    ? -state[vector * parameters + i]
+                                      : state[vector * parameters + i];
+    }
 }
 
 /* Why there is none. */
@@ -17514,8 +19277,9 @@ static pk_status pk__run_row(pk_context *context, const pk_run *run, const pk_ar
 }
 
 /* The files that do not grow; the manifest is written last. */
-enum { PK__RUN_INPUTS, PK__RUN_TARGETS, PK__RUN_MANIFEST, PK__RUN_FIXED };
-static const char *const pk__run_fixed[PK__RUN_FIXED] = {"train_inputs.npy", "train_targets.npy", "run.txt"};
+enum { PK__RUN_INPUTS, PK__RUN_TARGETS, PK__RUN_INITIAL, PK__RUN_MANIFEST, PK__RUN_FIXED };
+static const char *const pk__run_fixed[PK__RUN_FIXED] = {"train_inputs.npy", "train_targets.npy",
+                                                         "initial_state.npy", "run.txt"};
 
 #ifdef PATHKERNEL_FLOAT
 #define PK__REAL_TYPE PK_FLOAT32
@@ -17552,8 +19316,17 @@ static pk_status pk__run_io(pk_context *context, const char *path)
 
 /* ---- the manifest ---------------------------------------------------------------------------------- */
 
-enum { PK__MANIFEST_NETWORK, PK__MANIFEST_LOSS, PK__MANIFEST_OPTIMIZER, PK__MANIFEST_KEEP, PK__MANIFEST_KEYS };
-static const char *const pk__manifest_keys[PK__MANIFEST_KEYS] = {"network", "loss", "optimizer", "keep_every"};
+/* The first three are in every manifest. */
+enum {
+    PK__MANIFEST_NETWORK,
+    PK__MANIFEST_LOSS,
+    PK__MANIFEST_OPTIMIZER,
+    PK__MANIFEST_KEEP,
+    PK__MANIFEST_INITIAL,
+    PK__MANIFEST_KEYS
+};
+static const char *const pk__manifest_keys[PK__MANIFEST_KEYS] = {"network", "loss", "optimizer", "keep_every",
+                                                                 "initial_step"};
 enum { PK__MANIFEST_LINE = 1 << 16, PK__MANIFEST_SIZE = 1 << 20 }; /* bytes at most */
 
 typedef struct pk__manifest {
@@ -17626,10 +19399,10 @@ static pk_status pk__manifest_line(pk_context *context, char *begin, char *end, 
         manifest->value[k] = value;
         return PK_OK;
     }
-    return pk__fail(
-        context, PK_FORMAT,
-        "run.txt line %zu: unknown key '%.60s' (known: network, loss, optimizer, group, keep_every)", line,
-        begin);
+    return pk__fail(context, PK_FORMAT,
+                    "run.txt line %zu: unknown key '%.60s' (known: network, loss, optimizer, group, "
+                    "keep_every, initial_step)",
+                    line, begin);
 }
 
 /* Splits text (`size` bytes and a terminating NUL) into lines, in place. */
@@ -17657,20 +19430,20 @@ static pk_status pk__manifest_split(pk_context *context, char *text, size_t size
     return PK_OK;
 }
 
-/* The value of keep_every: a decimal whole number from 1 to 10^9, without a sign. */
-static pk_status pk__manifest_keep(pk_context *context, const pk__manifest *manifest, size_t *keep_every)
+/* The value of a key, where it is there: a decimal whole number from least to PK_KEEP_EVERY_MOST, without a sign. */
+static pk_status pk__manifest_whole(pk_context *context, const pk__manifest *manifest, int key, size_t least,
+                                    size_t *number)
 {
-    const char *text = manifest->value[PK__MANIFEST_KEEP];
-    *keep_every = 1;
-    if (!manifest->line[PK__MANIFEST_KEEP])
+    const char *text = manifest->value[key];
+    if (!manifest->line[key])
         return PK_OK;
     size_t value = 0, length = 0;
     for (; text[length] >= '0' && text[length] <= '9' && length < 10; length++)
         value = 10 * value + (size_t)(text[length] - '0');
-    if (text[length] || value < 1 || value > PK_KEEP_EVERY_MOST)
-        return pk__fail(context, PK_FORMAT, "keep_every '%.60s' is not a whole number from 1 to %d", text,
-                        (int)PK_KEEP_EVERY_MOST);
-    *keep_every = value;
+    if (text[length] || !length || value < least || value > PK_KEEP_EVERY_MOST)
+        return pk__fail(context, PK_FORMAT, "%s '%.60s' is not a whole number from %zu to %d",
+                        pk__manifest_keys[key], text, least, (int)PK_KEEP_EVERY_MOST);
+    *number = value;
     return PK_OK;
 }
 
@@ -17679,7 +19452,13 @@ static pk_status pk__manifest_values(pk_context *context, const pk__manifest *ma
                                      pk_optimizer *optimizer, pk_parameter_groups *groups, size_t *keep_every)
 {
     int key = PK__MANIFEST_KEEP;
-    pk_status status = pk__manifest_keep(context, manifest, keep_every);
+    size_t initial_step = 0;
+    *keep_every = 1;
+    pk_status status = pk__manifest_whole(context, manifest, key, 1, keep_every);
+    if (!status) {
+        key = PK__MANIFEST_INITIAL;
+        status = pk__manifest_whole(context, manifest, key, 0, &initial_step);
+    }
     if (!status) {
         key = PK__MANIFEST_LOSS;
         status = pk_criterion_parse(context, manifest->value[key], criterion);
@@ -17687,6 +19466,8 @@ static pk_status pk__manifest_values(pk_context *context, const pk__manifest *ma
     if (!status) {
         key = PK__MANIFEST_OPTIMIZER;
         status = pk_optimizer_parse(context, manifest->value[key], optimizer);
+        optimizer->initial_step = initial_step; /* before the groups, which have the same */
+        optimizer->initial_state = manifest->line[PK__MANIFEST_INITIAL] != 0;
     }
     if (!status) {
         key = PK__MANIFEST_NETWORK;
@@ -17792,13 +19573,14 @@ static pk_array *pk__run_array(pk_run *run, int file)
 
 PK_API const pk_array *pk_run_array(const pk_run *run, size_t index, const char **name)
 {
-    if (index >= PK__RUN_FILES + 2)
+    if (index >= PK__RUN_FILES + PK__RUN_MANIFEST)
         return NULL;
     const int fixed = (int)index - PK__RUN_FILES;
     *name = fixed < 0 ? pk__run_files[index].name : pk__run_fixed[fixed];
-    return fixed < 0    ? pk__run_array((pk_run *)run, (int)index) /* only read */
-           : fixed == 0 ? &run->train.inputs
-                        : &run->train.targets;
+    return fixed < 0                  ? pk__run_array((pk_run *)run, (int)index) /* only read */
+           : fixed == PK__RUN_INPUTS  ? &run->train.inputs
+           : fixed == PK__RUN_TARGETS ? &run->train.targets
+                                      : &run->initial_state;
 }
 
 /* NULL if items of this type are allowed in a growing file, else the words for those that are. Rates are float64 only: 0.1
@@ -17889,6 +19671,83 @@ static pk_status pk__run_map(pk_context *context, pk__run_path *path, int file, 
     return expected->type && array->type != expected->type
                ? pk__run_convert(context, path->text, expected->type, array)
                : PK_OK;
+}
+
+/* The numbers of initial_state.npy: finite, and those that a root is taken of not negative. */
+static pk_status pk__run_check_state(pk_context *context, const char *path, const pk_run *run)
+{
+    const size_t P = run->parameters;
+    const pk_parameter_range all = {0, P, 0};
+    const size_t ranges = run->groups.count ? run->groups.range_count : 1;
+    pk_real numbers[512];
+    for (size_t i = 0; i < run->initial_state.shape[0] * ranges; i++) {
+        const size_t vector = i / ranges;
+        const pk_parameter_range *range = run->groups.count ? &run->groups.range[i % ranges] : &all;
+        const int root = !pk__group_frozen(&run->groups, range->group) &&
+                         pk__optimizer_not_negative(
+                             pk__group_optimizer(&run->optimizer, &run->groups, range->group), vector);
+        for (size_t at = 0; at < range->count; at += sizeof numbers / sizeof *numbers) {
+            const size_t first = range->first + at,
+                         count = pk__min(range->count - at, sizeof numbers / sizeof *numbers);
+            pk_status status = pk_array_read(context, &run->initial_state, vector * P + first, count, numbers);
+            if (status)
+                return pk__prefix(context, status, "%s ", path);
+            for (size_t k = 0; k < count; k++) {
+                if (!isfinite(numbers[k]))
+                    return pk__fail(context, PK_NOT_FINITE, "%s holds %g at row %zu, column %zu", path,
+                                    (double)numbers[k], vector, first + k);
+                if (root && numbers[k] < 0)
+                    return pk__fail(
+                        context, PK_FORMAT,
+                        "%s holds %g at row %zu, column %zu; the optimizer divides by its root, so that "
+                        "it must be >= 0",
+                        path, (double)numbers[k], vector, first + k);
+            }
+        }
+    }
+    return PK_OK;
+}
+
+/* Maps initial_state.npy, which is there exactly where run.txt has an initial_step and the optimizer has a state. */
+static pk_status pk__run_map_state(pk_context *context, pk__run_path *path, pk_run *run)
+{
+    const size_t vectors = pk_parameter_groups_state_vectors(&run->optimizer, &run->groups);
+    pk_array *array = &run->initial_state;
+    char rule[256] = "";
+    struct stat about;
+    pk__run_path_of(path, pk__run_fixed[PK__RUN_INITIAL]);
+    const int absent = lstat(path->text, &about) != 0 && errno == ENOENT;
+    if (absent && !(run->optimizer.initial_state && vectors))
+        return PK_OK;
+    if (pk_optimizer_format(&run->optimizer, rule, sizeof rule) != PK_OK)
+        rule[0] = '\0';
+    if (!vectors)
+        return pk__fail(context, PK_FORMAT, "%s: the optimizer '%.80s' has no state", path->text, rule);
+    if (!run->optimizer.initial_state)
+        return pk__fail(
+            context, PK_FORMAT,
+            "%s: run.txt has no initial_step line, which tells how many updates were made before step 0",
+            path->text);
+    if (absent)
+        return pk__fail(
+            context, PK_IO,
+            "%s is missing: run.txt has an initial_step line, so that the optimizer '%.80s' begins with a "
+            "state",
+            path->text, rule);
+    pk_status status = pk_array_map(context, path->text, PK_ARRAY_KEEP_OPEN, array);
+    if (status)
+        return status;
+    if (array->type != PK_FLOAT64 && array->type != PK_FLOAT32)
+        return pk__fail(context, PK_FORMAT, "%s holds %s, it has to hold float64 or float32", path->text,
+                        pk_type_name(array->type));
+    if (array->rank != 2 || array->shape[0] != vectors || array->shape[1] != run->parameters) {
+        char has[200];
+        return pk__fail(context, PK_SHAPE,
+                        "%s has shape %s; the optimizer '%.80s' has %zu vector%s of %zu parameters", path->text,
+                        pk__shape_text(array, has, sizeof has), rule, vectors, vectors == 1 ? "" : "s",
+                        run->parameters);
+    }
+    return pk__run_check_state(context, path->text, run);
 }
 
 /* The index of the first of `count` numbers that is not finite, or count. */
@@ -18045,6 +19904,8 @@ static pk_status pk__run_load(pk_context *context, pk__run_path *path, int recov
     run->outputs = run->graph.output_width;
     for (int f = 0; f < PK__RUN_FILES && !status; f++)
         status = pk__run_map(context, path, f, run);
+    if (!status)
+        status = pk__run_map_state(context, path, run);
     pk_array *data[2] = {&run->train.inputs, &run->train.targets};
     for (int k = 0; k < 2 && !status; k++) {
         status = pk_array_map(context, pk__run_path_of(path, pk__run_fixed[k]), 0, data[k]);
@@ -18162,6 +20023,7 @@ PK_API void pk_run_release(pk_context *context, pk_run *run)
         return;
     for (int f = 0; f < PK__RUN_FILES; f++)
         pk_array_release(context, pk__run_array(run, f));
+    pk_array_release(context, &run->initial_state);
     pk_dataset_release(context, &run->train);
     pk_parameter_groups_release(context, &run->groups);
     pk_criterion_release(context, &run->criterion);
@@ -18219,6 +20081,23 @@ PK_API pk_status pk_run_second_moments(pk_context *context, const pk_run *run, s
     return status;
 }
 
+PK_API pk_status pk_run_initial_state(pk_context *context, const pk_run *run, pk_real *state)
+{
+    if (!run || !run->weights.data)
+        return pk__fail(context, PK_ARGUMENT, "pk_run_initial_state: no run");
+    const size_t vectors = pk_parameter_groups_state_vectors(&run->optimizer, &run->groups);
+    if (!vectors)
+        return PK_OK;
+    if (!state)
+        return pk__fail(context, PK_ARGUMENT, "pk_run_initial_state: no place for the state");
+    if (!run->initial_state.data) {
+        memset(state, 0, vectors * run->parameters * sizeof *state);
+        return PK_OK;
+    }
+    return pk__prefix(context, pk_array_read(context, &run->initial_state, 0, vectors * run->parameters, state),
+                      "initial_state.npy ");
+}
+
 PK__END_COLD_CODE
 
 /* pathkernel/run/record.h: implementation */
@@ -18246,6 +20125,7 @@ typedef struct pk__recording {
     pk_parameter_groups groups;
     char *groups_text;
     size_t keep_every;
+    const pk_real *initial_state; /* the caller's, or NULL */
     int present[PK__RUN_FILES];
     int exists; /* the directory holds a manifest */
     int made;   /* the directory is new */
@@ -18266,6 +20146,12 @@ static pk_status pk__recording_parse(pk_context *context, const pk_recorder_opti
     if (!status)
         status = pk_optimizer_format(&recording->optimizer, recording->optimizer_text,
                                      sizeof recording->optimizer_text);
+    recording->optimizer.initial_step = options->initial_step;
+    recording->optimizer.initial_state = options->initial_state != NULL;
+    recording->initial_state = options->initial_state;
+    if (!status && options->initial_step > PK_KEEP_EVERY_MOST)
+        status = pk__fail(context, PK_ARGUMENT, "initial_step %zu is more than %d", options->initial_step,
+                          (int)PK_KEEP_EVERY_MOST);
     if (!status)
         status = pk_network_parse_with(context, options->network, options->constants, &recording->graph);
     if (!status)
@@ -18287,6 +20173,12 @@ static pk_status pk__recording_parse(pk_context *context, const pk_recorder_opti
                             options->group_rates ? "rate= beside group_rates, which are the rates themselves"
                                                  : "it has no key, and no group_rates are recorded");
     }
+    const int has_state = pk_parameter_groups_state_vectors(&recording->optimizer, &recording->groups) > 0;
+    if (options->initial_state && !has_state)
+        return pk__fail(context, PK_ARGUMENT, "initial_state: the optimizer '%.80s' has no state",
+                        recording->optimizer_text);
+    if (!options->initial_state && options->initial_step && has_state)
+        return pk__fail(context, PK_ARGUMENT, "initial_step %zu without initial_state", options->initial_step);
     recording->keep_every = options->keep_every ? options->keep_every : 1;
     if (recording->keep_every > PK_KEEP_EVERY_MOST)
         return pk__fail(context, PK_ARGUMENT, "keep_every %zu is more than %d", recording->keep_every,
@@ -18390,7 +20282,8 @@ static int pk__recorder_open_state(const pk_recorder *recorder, const unsigned c
     int good = fstat(file, &about) == 0;
     if (good && (about.st_size != size || pread(file, there, room, 0) != (ssize_t)room ||
                  memcmp(there, header, room) != 0))
-        good = ftruncate(file, 0) == 0 && ftruncate(file, size) == 0 && pk__write_at(file, header, room, 0);
+        good = ftruncate(file, 0) == 0 && pk__file_reserve(file, (size_t)size) == 0 &&
+               pk__write_at(file, header, room, 0);
     if (good)
         return file;
     close(file);
@@ -18478,9 +20371,12 @@ static pk_status pk__recorder_manifest(pk_context *context, int folder, const ch
     size_t size = strlen(recording->graph.text) + sizeof recording->optimizer_text +
                   strlen(recording->groups_text) + strlen(recording->loss_text) + 256,
            at = 0;
-    char keep[40] = "";
+    char keep[80] = "";
     if (recording->keep_every > 1)
         snprintf(keep, sizeof keep, "keep_every %zu\n", recording->keep_every);
+    if (recording->optimizer.initial_state || recording->optimizer.initial_step)
+        snprintf(keep + strlen(keep), sizeof keep - strlen(keep), "initial_step %zu\n",
+                 recording->optimizer.initial_step);
     pk_status status = pk_allocate(context, size, 1, "the text of run.txt", &text);
     if (status)
         return status;
@@ -18577,24 +20473,51 @@ static const double *pk__recorder_state(pk_recorder *recorder, const pk_real *st
     return recorder->states;
 }
 
-/* Writes what a run with keep_every > 1 has for step 0 besides w_0: a checksum, and the optimizer's vectors, which are zero. */
-static pk_status pk__recorder_first(pk_context *context, pk_recorder *recorder, const pk_real *initial)
+/* Writes what a run with keep_every > 1 has for step 0 besides w_0: a checksum, and the optimizer's vectors, zero unless there is
+ * a state to begin with. */
+static pk_status pk__recorder_first(pk_context *context, pk_recorder *recorder, const pk_real *initial,
+                                    const pk_real *initial_state)
 {
     int64_t checksum = pk__checksum(initial, recorder->parameters, NULL, 0);
     if (recorder->state_numbers) {
-        pk_real *zeros = NULL;
+        pk_real *state = NULL;
         pk_status status =
-            pk_allocate(context, recorder->state_numbers, sizeof *zeros, "the optimizer's first state", &zeros);
+            pk_allocate(context, recorder->state_numbers, sizeof *state, "the optimizer's first state", &state);
         if (!status) {
-            checksum = pk__checksum(initial, recorder->parameters, zeros, recorder->state_numbers);
+            if (initial_state)
+                memcpy(state, initial_state, recorder->state_numbers * sizeof *state);
+            checksum = pk__checksum(initial, recorder->parameters, state, recorder->state_numbers);
             status = pk_array_append(context, &recorder->files[PK__RUN_STATES], 1,
-                                     pk__recorder_state(recorder, zeros));
+                                     pk__recorder_state(recorder, state));
         }
-        pk_release(context, zeros);
+        pk_release(context, state);
         if (status)
             return status;
     }
     return pk_array_append(context, &recorder->files[PK__RUN_CHECKSUMS], 1, &checksum);
+}
+
+/* Writes initial_state.npy. */
+static pk_status pk__recorder_initial(pk_context *context, pk__run_path *path, const pk__recording *recording)
+{
+    const size_t shape[2] = {pk_parameter_groups_state_vectors(&recording->optimizer, &recording->groups),
+                             recording->graph.parameters};
+    if (!recording->initial_state)
+        return PK_OK;
+    double *numbers = NULL;
+    const size_t count = shape[0] * shape[1];
+    pk_status status = pk_allocate(context, count, sizeof *numbers, "the state to begin with", &numbers);
+    for (size_t i = 0; !status && i < count; i++) {
+        numbers[i] = (double)recording->initial_state[i];
+        if (!isfinite(numbers[i]))
+            status = pk__fail(context, PK_NOT_FINITE, "initial_state: number %zu of vector %zu is %g",
+                              i % shape[1], i / shape[1], numbers[i]);
+    }
+    if (!status)
+        status = pk_array_write(context, pk__run_path_of(path, pk__run_fixed[PK__RUN_INITIAL]), PK_FLOAT64, 2,
+                                shape, numbers);
+    pk_release(context, numbers);
+    return status;
 }
 
 static pk_status pk__recorder_start(pk_context *context, pk__run_path *path, const pk__recording *recording,
@@ -18604,6 +20527,8 @@ static pk_status pk__recorder_start(pk_context *context, pk__run_path *path, con
     pk_status status = PK_OK;
     for (int k = 0; k < 2 && !status; k++)
         status = pk__recorder_data(context, pk__run_path_of(path, pk__run_fixed[k]), data[k]);
+    if (!status)
+        status = pk__recorder_initial(context, path, recording);
     pk_array constant;
     const pk_node *node = NULL;
     while (!status && (node = pk_graph_named(&recording->graph, node, &constant)) != NULL) {
@@ -18620,7 +20545,7 @@ static pk_status pk__recorder_start(pk_context *context, pk__run_path *path, con
     if (!status)
         status = pk_array_append(context, &recorder->files[PK__RUN_OFFSETS], 1, &zero);
     if (!status && recorder->present[PK__RUN_CHECKSUMS])
-        status = pk__recorder_first(context, recorder, initial);
+        status = pk__recorder_first(context, recorder, initial, recording->initial_state);
     if (!status)
         status =
             pk_array_append(context, &recorder->files[PK__RUN_WEIGHTS], 1, pk__recorder_row(recorder, initial));
@@ -18705,6 +20630,19 @@ static pk_status pk__recorder_compare(pk_context *context, const char *directory
             return pk__fail(context, PK_ARGUMENT, "%s cannot be resumed: %s holds %s, not %s", directory,
                             pk__run_files[f].name, pk_type_name(array->type),
                             pk_type_name(pk__recorder_type(recorder, f)));
+    }
+    if (run->optimizer.initial_state != recording->optimizer.initial_state ||
+        run->optimizer.initial_step != recording->optimizer.initial_step)
+        return pk__fail(context, PK_ARGUMENT,
+                        "%s cannot be resumed: it begins %s a state of the optimizer, after %zu updates",
+                        directory, run->optimizer.initial_state ? "with" : "without",
+                        run->optimizer.initial_step);
+    for (size_t i = 0; recording->initial_state && i < pk_array_items(&run->initial_state); i++) {
+        pk_real there;
+        pk_array_reals(&run->initial_state, i, 1, &there);
+        if (there != recording->initial_state[i])
+            return pk__fail(context, PK_ARGUMENT,
+                            "%s cannot be resumed: it begins with another state of the optimizer", directory);
     }
     const pk_array *given[2] = {&train->inputs, &train->targets};
     const pk_array *recorded[2] = {&run->train.inputs, &run->train.targets};
@@ -19513,6 +21451,137 @@ PK_API pk_status pk_replay_weights(pk_context *context, pk_replay *replay, size_
 
 PK__END_COLD_CODE
 
+/* pathkernel/run/average.h: implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_COLD_CODE
+
+/* Reads digits up to a ':' or the end; 0 where there is anything else. */
+static int pk__average_whole(const char **text, size_t *number)
+{
+    const char *from = *text;
+    size_t value = 0;
+    for (; **text >= '0' && **text <= '9' && *text - from < 18; (*text)++)
+        value = 10 * value + (size_t)(**text - '0');
+    if (*text == from || (**text && **text != ':'))
+        return 0;
+    *text += **text == ':';
+    *number = value;
+    return 1;
+}
+
+PK_API pk_status pk_average_parse(pk_context *context, const char *text, pk_average *average)
+{
+    pk_average parsed;
+    memset(&parsed, 0, sizeof parsed);
+    if (!text || !average)
+        return pk__fail(context, PK_ARGUMENT, "the text of the average or the place for it is NULL");
+    const char *at = text + 4;
+    const int ema = strncmp(text, "ema:", 4) == 0;
+    int good = ema || strncmp(text, "swa:", 4) == 0;
+    if (ema) {
+        const size_t length = strcspn(at, ":");
+        parsed.kind = PK_AVERAGE_EMA;
+        good = pk__number(at, length, &parsed.beta);
+        at += length;
+        int more = good && *at == ':';
+        at += more;
+        if (more) {
+            good = pk__average_whole(&at, &parsed.from);
+            more = good && at[-1] == ':';
+        }
+        if (more)
+            good = pk__average_whole(&at, &parsed.every);
+        good = good && !*at && (!more || (at[-1] != ':' && parsed.every > 0));
+    } else if (good) {
+        parsed.kind = PK_AVERAGE_SWA;
+        good = pk__average_whole(&at, &parsed.from) && at[-1] == ':' && pk__average_whole(&at, &parsed.every) &&
+               at[-1] != ':' && !*at && parsed.every > 0;
+    }
+    if (!good)
+        return pk__fail(
+            context, PK_ARGUMENT,
+            "'%.60s' is no average; these are ema:BETA, ema:BETA:FROM, ema:BETA:FROM:EVERY and swa:FROM:EVERY",
+            text);
+    if (!(parsed.beta >= 0 && parsed.beta < 1))
+        return pk__fail(context, PK_ARGUMENT, "'%.60s': BETA is %g; it must be in [0, 1)", text, parsed.beta);
+    parsed.every = pk__max(parsed.every, 1);
+    *average = parsed;
+    return PK_OK;
+}
+
+PK_API pk_status pk_average_check(pk_context *context, const pk_average *average, size_t steps)
+{
+    if (!average)
+        return pk__fail(context, PK_ARGUMENT, "the average is NULL");
+    if ((int)average->kind < 0 || average->kind > PK_AVERAGE_SWA)
+        return pk__fail(context, PK_ARGUMENT, "the average is of kind %d, which is unknown",
+                        (int)average->kind);
+    if (average->kind == PK_AVERAGE_EMA && !(average->beta >= 0 && average->beta < 1))
+        return pk__fail(context, PK_ARGUMENT, "the average has beta %g; it must be in [0, 1)", average->beta);
+    if (average->kind && average->from > steps)
+        return pk__fail(context, PK_ARGUMENT, "the average starts after step %zu; there are %zu steps",
+                        average->from, steps);
+    return PK_OK;
+}
+
+PK_API double pk_average_weight(const pk_average *average, size_t step)
+{
+    const size_t every = pk__max(average->every, 1);
+    if (average->kind == PK_AVERAGE_NONE || step < average->from)
+        return 1;
+    const size_t since = step - average->from + 1;
+    if (since % every)
+        return 0;
+    return average->kind == PK_AVERAGE_EMA ? 1 - average->beta : 1 / ((double)(since / every) + 1);
+}
+
+/* average += c (weights - average), and the change. change may be NULL. */
+PK__PRIVATE void pk__average_update(double c, size_t count, const pk_real *weights, pk_real *average,
+                                    pk_real *change)
+{
+    for (size_t p = 0; p < count; p++) {
+        const pk_real before = average[p];
+        average[p] = c == 1   ? weights[p]
+                     : c == 0 ? before
+                              : (pk_real)(before + c * ((double)weights[p] - before));
+        if (change)
+            change[p] = average[p] - before;
+    }
+}
+
+PK_API pk_status pk_run_average(pk_context *context, const pk_run *run, const pk_average *average,
+                                pk_real *weights)
+{
+    if (!run || !run->weights.data || !average || !weights)
+        return pk__fail(context, PK_ARGUMENT, "pk_run_average: no run, no average or no weights");
+    pk_status status = pk_average_check(context, average, run->steps);
+    if (status)
+        return status;
+    pk_replay replay;
+    pk_real *next = NULL;
+    memset(&replay, 0, sizeof replay);
+    const size_t first = average->kind ? average->from : run->steps;
+    status = pk_allocate(context, run->parameters, sizeof *next, "the weights to average", &next);
+    if (!status)
+        status = pk_replay_prepare(context, run, 0, &replay);
+    if (!status)
+        status = pk_replay_weights(context, &replay, first, weights);
+    for (size_t s = first; s < run->steps && !status; s++) {
+        const double c = pk_average_weight(average, s);
+        if (c == 0)
+            continue;
+        status = pk_replay_weights(context, &replay, s + 1, next);
+        if (!status)
+            pk__average_update(c, run->parameters, next, weights, NULL);
+    }
+    pk_replay_release(context, &replay);
+    pk_release(context, next);
+    return status;
+}
+
+PK__END_COLD_CODE
+
 /* pathkernel/run/train.h: implementation */
 #include <math.h>
 #include <stdio.h>
@@ -19609,6 +21678,16 @@ static pk_status pk__training_compare(pk_context *context, pk__training *t, cons
     return status;
 }
 
+/* Sets the optimizer's state before step 0. */
+static void pk__training_begin(pk__training *t)
+{
+    const size_t bytes = t->trainer.state_numbers * sizeof *t->trainer.state;
+    if (bytes && t->options->initial_state)
+        memcpy(t->trainer.state, t->options->initial_state, bytes);
+    else if (bytes)
+        memset(t->trainer.state, 0, bytes);
+}
+
 /* Recomputes the optimizer's state after the recorded steps and checks that these options give the recorded weights. t->next has
  * the last recorded weights in the end. */
 static pk_status pk__training_replay(pk_context *context, pk__training *t, const pk_run *run, pk_real *weights)
@@ -19631,7 +21710,7 @@ static pk_status pk__training_replay(pk_context *context, pk__training *t, const
         if (kept != SIZE_MAX)
             from = kept;
         else
-            memset(t->trainer.state, 0, t->trainer.state_numbers * sizeof *t->trainer.state);
+            pk__training_begin(t);
     }
     for (size_t s = 0; s < run->steps; s++) {
         pk__step made;
@@ -19716,6 +21795,8 @@ static pk_status pk__training_record(pk_context *context, pk__training *t, pk_re
     recording.groups = options->groups;
     recording.group_count = options->group_count;
     recording.group_rates = t->group_rates != NULL;
+    recording.initial_state = options->initial_state;
+    recording.initial_step = options->initial_step;
     recording.float32 = options->record_float32;
     recording.gradient_scales = options->clip_norm > 0;
     recording.second_moments = options->record_second_moments;
@@ -19827,9 +21908,12 @@ static pk_status pk__training_run(pk_context *context, pk__training *t, pk_real 
         pk_allocate(context, t->examples, sizeof *t->order, "the order of the examples", &t->order);
     if (!status)
         status = pk_allocate(context, t->graph->parameters, sizeof *t->next, "the next weights", &t->next);
+    pk_optimizer optimizer = options->optimizer;
+    optimizer.initial_state = options->initial_state != NULL;
+    optimizer.initial_step = options->initial_step;
     if (!status)
-        status = pk_parameter_groups_parse(context, t->graph, &options->optimizer, options->group_count,
-                                           options->groups, &t->groups);
+        status = pk_parameter_groups_parse(context, t->graph, &optimizer, options->group_count, options->groups,
+                                           &t->groups);
     if (!status && options->group_schedules && t->groups.count)
         status = pk_allocate(context, t->groups.count, sizeof *t->group_rates, "the rates of groups",
                              &t->group_rates);
@@ -19842,9 +21926,21 @@ static pk_status pk__training_run(pk_context *context, pk__training *t, pk_real 
         if (t->groups.group[g].rated)
             return pk__fail(context, PK_ARGUMENT,
                             "group %zu: rate= beside group_schedules, which have the rates", g);
-    status = pk_trainer_prepare_with(context, t->graph, t->train, &t->criterion, &options->optimizer,
-                                     &t->groups, t->batch_size, &t->trainer);
-    return status ? status : pk__training_loop(context, t, weights, reached);
+    const size_t vectors = pk_parameter_groups_state_vectors(&optimizer, &t->groups);
+    if (options->initial_state ? !vectors : vectors && options->initial_step)
+        return pk__fail(context, PK_ARGUMENT,
+                        options->initial_state ? "pk_train: an initial_state, of an optimizer that has none"
+                                               : "pk_train: initial_step without initial_state");
+    status = pk_trainer_prepare_with(context, t->graph, t->train, &t->criterion, &optimizer, &t->groups,
+                                     t->batch_size, &t->trainer);
+    if (status)
+        return status;
+    for (size_t i = 0; options->initial_state && i < t->trainer.state_numbers; i++)
+        if (!isfinite(options->initial_state[i]))
+            return pk__fail(context, PK_NOT_FINITE, "pk_train: number %zu of initial_state is %g", i,
+                            (double)options->initial_state[i]);
+    pk__training_begin(t);
+    return pk__training_loop(context, t, weights, reached);
 }
 
 PK_API pk_status pk_train(pk_context *context, const pk_graph *graph, const pk_dataset *train,
@@ -20052,6 +22148,9 @@ PK__INTERNAL void pk__path_take(pk__arena *arena, const pk_graph *graph, size_t 
     segment->coefficients = pk__arena_take(arena, PK__PATH_DEGREE + 1, switches * sizeof(pk_real));
     segment->point_row = pk__arena_take(arena, points, sizeof *segment->point_row);
     segment->point_t = pk__arena_take(arena, points, sizeof *segment->point_t);
+    segment->from = pk__arena_take(arena, points, sizeof *segment->from);
+    segment->to = pk__arena_take(arena, points, sizeof *segment->to);
+    segment->tape.mean = pk__arena_take(arena, pk__mean_numbers(graph, copies), sizeof(pk_real));
     segment->held_row = pk__arena_take(arena, points, sizeof *segment->held_row);
     segment->held_t = pk__arena_take(arena, points, sizeof *segment->held_t);
     pk__pieces_take(arena, pieces, &segment->pending);
@@ -20060,6 +22159,36 @@ PK__INTERNAL void pk__path_take(pk__arena *arena, const pk_graph *graph, size_t 
     segment->batch_start = pk__arena_take(arena, points, sizeof *segment->batch_start);
     segment->root_capacity = pieces;
     segment->roots = pk__arena_take(arena, pieces, sizeof *segment->roots);
+}
+
+PK__INTERNAL void pk__path_use_means(pk__path *segment, int means)
+{
+    segment->tape.from = means ? segment->from : NULL;
+    segment->tape.to = means ? segment->to : NULL;
+}
+
+PK__INTERNAL size_t pk__path_stretches(pk__path *segment, size_t count, const size_t *row, const pk_real *t,
+                                       const pk_real *from, const pk_real *to)
+{
+    size_t points = count;
+    for (size_t p = 0; p < count; p++) {
+        segment->point_row[p] = row[p];
+        segment->point_t[p] = t[p];
+    }
+    for (size_t p = 0; p < count; p++) {
+        segment->from[p] = segment->to[p] = p;
+        if (!(from[p] < to[p]))
+            continue;
+        const int follows = p && points > count && row[p - 1] == row[p] && segment->point_t[points - 1] == from[p] &&
+                            segment->to[p - 1] == points - 1;
+        for (int end = follows; end < 2; end++, points++) {
+            segment->point_row[points] = row[p];
+            segment->point_t[points] = end ? to[p] : from[p];
+        }
+        segment->from[p] = points - 2;
+        segment->to[p] = points - 1;
+    }
+    return points;
 }
 
 /* out = an affine node of the segment's rows with these weights (transposed: NULL where they are not there). */
@@ -20093,6 +22222,7 @@ PK__INTERNAL void pk__path_begin(pk__path *segment, const pk_real *weights, cons
     segment->tape.transposed = transposed;
     segment->rows = rows;
     segment->held = 0;
+    pk__path_use_means(segment, 0);
     segment->inputs = inputs;
     segment->base[0] = (pk_real *)inputs; /* only read */
     for (size_t n = 1; n < graph->node_count; n++) {
@@ -20190,22 +22320,73 @@ PK__INTERNAL void pk__path_forward(pk__path *segment, size_t count, const size_t
     segment->held = count;
 }
 
-PK__INTERNAL void pk__path_tangent(pk__path *segment, size_t first, size_t count, const size_t *row,
-                                   const pk_real *t)
+/* Whether a layer's part of the probe has the other sign: + - - + - + + - and so on (Thue and Morse), so that neither neighbours
+ * nor distant layers go together. */
+static int pk__probe_sign(const pk_node *node)
+{
+    unsigned bits = node->layer < 0 ? 0 : (unsigned)node->layer, odd = 0;
+    for (; bits; bits >>= 1)
+        odd ^= bits & 1;
+    return (int)odd;
+}
+
+static void pk__negate(size_t count, pk_real *x)
+{
+    for (size_t i = 0; i < count; i++)
+        x[i] = -x[i];
+}
+
+/* The tangent of a node along the direction with the other sign: -T(-x., d) = T(x., -d). */
+static void pk__turned_tangent(pk__path *segment, const pk__line *line, const pk_node *node, size_t count)
+{
+    const pk_graph *graph = segment->graph;
+    pk_real **tangent = segment->tape.tangent;
+    for (int turn = 0; turn < 2; turn++) {
+        for (int j = 0; j < node->input_count; j++) {
+            int again = 0; /* an input that is read twice is turned once */
+            for (int i = 0; i < j; i++)
+                again |= node->inputs[i] == node->inputs[j];
+            if (!again && graph->nodes[node->inputs[j]].varies)
+                pk__negate(count * graph->nodes[node->inputs[j]].width, tangent[node->inputs[j]]);
+        }
+        if (!turn)
+            pk__node_tangent(&segment->tape, line, node, count);
+    }
+    pk__negate(count * node->width, tangent[node - graph->nodes]);
+}
+
+static void pk__path_tangents(pk__path *segment, size_t first, size_t count, const size_t *row, const pk_real *t,
+                              int probe)
 {
     const pk_graph *graph = segment->graph;
     const pk__line line = {segment->weights, segment->direction, t};
     pk__shift_tape(segment, first, 0);
     for (size_t n = 1; n < graph->node_count; n++) {
         const pk_node *node = &graph->nodes[n];
-        if (segment->slope[n])
-            for (size_t p = 0; p < count; p++)
-                memcpy(segment->tape.tangent[n] + p * node->width, segment->slope[n] + row[p] * node->width,
-                       node->width * sizeof(pk_real));
-        else
+        const int turned = probe && pk__probe_sign(node) && node->varies;
+        for (size_t p = 0; segment->slope[n] && p < count; p++)
+            memcpy(segment->tape.tangent[n] + p * node->width, segment->slope[n] + row[p] * node->width,
+                   node->width * sizeof(pk_real));
+        if (segment->slope[n] && turned)
+            pk__negate(count * node->width, segment->tape.tangent[n]);
+        if (!segment->slope[n] && turned)
+            pk__turned_tangent(segment, &line, node, count);
+        else if (!segment->slope[n])
             pk__node_tangent(&segment->tape, &line, node, count);
     }
     pk__shift_tape(segment, first, 1);
+}
+
+PK__INTERNAL void pk__path_tangent(pk__path *segment, size_t first, size_t count, const size_t *row,
+                                   const pk_real *t)
+{
+    pk__path_tangents(segment, first, count, row, t, 0);
+}
+
+PK__INTERNAL void pk__path_probe(pk__path *segment, size_t first, size_t count, const size_t *row,
+                                 const pk_real *t)
+{
+    pk__path_tangents(segment, first, count, row, t, 1);
 }
 
 PK__INTERNAL void pk__path_reverse(pk__path *segment, size_t count, const pk_real *t, size_t copies)
@@ -20965,10 +23146,10 @@ static double pk__larger(double a, double b)
     return a <= b || b != b ? b : a;
 }
 
-/* Judges a piece from the tape: its nodes are the points from first on; its ends the points `ends` and the next, or, nested,
+/* Judges a piece from the tape: its nodes are the points from first on; its ends the points `start_at` and `end_at`, or, nested,
  * the nodes of one order more follow its own. height: of the row, as far as it is known. */
-static pk__judgement pk__judge(pk__integrator *integrator, size_t first, size_t ends, size_t row, double length,
-                               int order, int nested, double height)
+static pk__judgement pk__judge(pk__integrator *integrator, size_t first, size_t start_at, size_t end_at,
+                               size_t row, double length, int order, int nested, double height)
 {
     const pk__tape *tape = &integrator->path.tape;
     const size_t outputs = tape->graph->output_width, count = pk_readout_count(&integrator->readout, outputs);
@@ -20980,10 +23161,10 @@ static pk__judgement pk__judge(pk__integrator *integrator, size_t first, size_t 
     if (nested) {
         pk__sum_nodes(integrator, first + (size_t)order, row, length, order + 1, start, better, NULL, NULL);
     } else {
-        const pk_real *f = pk__pass_output(tape) + ends * outputs;
-        pk__readout_apply(&integrator->readout, outputs, integrator->first_row + row, f, start,
+        const pk_real *f = pk__pass_output(tape);
+        pk__readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + start_at * outputs, start,
                           integrator->slope);
-        pk__readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + outputs, end,
+        pk__readout_apply(&integrator->readout, outputs, integrator->first_row + row, f + end_at * outputs, end,
                           integrator->slope);
     }
     for (size_t k = 0; k < count; k++) {
@@ -21026,7 +23207,7 @@ static void pk__plan_next(pk__row_order *next, pk__row_order now, int nodes, dou
 /* Whether a piece waits for a test of its order. */
 static int pk__is_open(const pk__piece *piece)
 {
-    return !piece->accepted && piece->order <= PK__LARGEST_ORDER;
+    return !piece->accepted && piece->order > 0 && piece->order <= PK__LARGEST_ORDER;
 }
 
 /* Of a piece that is the whole step, what pk__judge left in h. */
@@ -21144,7 +23325,7 @@ static int pk__test_pieces(pk__integrator *integrator)
             const int closed = !piece->nested;
             /* The values at the ends are those at the ends' t, rounded. */
             const double length = (double)(pk_real)piece->b - (double)(pk_real)piece->a;
-            const pk__judgement found = pk__judge(integrator, point, end, piece->row, length, (int)own, !closed,
+            const pk__judgement found = pk__judge(integrator, point, end, end + 1, piece->row, length, (int)own, !closed,
                                                   integrator->state[piece->row].height);
             if (closed && piece->a == 0 && piece->b == 1)
                 pk__keep_ends(integrator, piece->row);
@@ -21171,6 +23352,204 @@ PK__PRIVATE void pk__adapt(pk__integrator *integrator)
         ;
 }
 
+/* ---- whole steps, whose kinks are not looked for ------------------------------------------------------------ */
+
+/* The nodes of a whole step at most; failures one after the other that count. */
+enum { PK__WHOLE_NODES = 16, PK__WHOLE_FAILURES = 5 };
+
+/* Where the stretch of node `node` of the rule with `order` nodes on [a, b] begins: the ends of the stretches divide the piece as
+ * its weights do. node == order: where the last one ends. */
+PK__PRIVATE double pk__stretch_end(const pk__integrator *integrator, double a, double b, int order, int node)
+{
+    const double *w = integrator->gauss_weights + order * (order - 1) / 2;
+    double sum = 0;
+    if (node == order)
+        return b;
+    for (int q = 0; q < node; q++)
+        sum += w[q];
+    return a + (b - a) * sum;
+}
+
+/* The points of the tests of the whole steps from `next` on: first the nodes of all, *nodes of them, then the ends of their
+ * stretches. Returns how many points there are; *last: one behind the last piece. */
+static size_t pk__whole_points(pk__integrator *integrator, size_t next, size_t *last, size_t *nodes)
+{
+    pk__path *path = &integrator->path;
+    const pk__pieces *pieces = &integrator->pieces;
+    size_t points = 0, all = 0;
+    for (*last = next; *last < pieces->count; ++*last) {
+        const pk__piece *piece = &pieces->piece[*last];
+        const size_t own = piece->order;
+        if (!pk__is_open(piece))
+            continue;
+        if (points && all + 2 * own + 1 > path->point_capacity)
+            break;
+        all += 2 * own + 1;
+        for (size_t q = 0; q < own; q++, points++) {
+            path->point_row[points] = piece->row;
+            path->point_t[points] =
+                (pk_real)(piece->a + (piece->b - piece->a) * integrator->gauss_nodes[own * (own - 1) / 2 + q]);
+        }
+    }
+    *nodes = points;
+    for (size_t i = next, node = 0; i < *last; i++) {
+        const pk__piece *piece = &pieces->piece[i];
+        for (int q = 0; q <= piece->order && pk__is_open(piece); q++, points++) {
+            path->point_row[points] = piece->row;
+            path->point_t[points] =
+                (pk_real)pk__stretch_end(integrator, piece->a, piece->b, piece->order, q);
+            if (q == piece->order)
+                continue;
+            path->from[node] = points;
+            path->to[node++] = points + 1;
+        }
+    }
+    return points;
+}
+
+/* What the next whole step of a row starts with, where this one took `nodes` nodes (0: it failed): half of them, for which the
+ * rule with twice as many is the judge. Steps change slowly: after several failures one after the other, 2, 6, 14 .. steps are
+ * not tried. */
+static void pk__plan_whole(pk__row_state *state, int nodes)
+{
+    if (nodes) {
+        state->whole_nodes = (unsigned char)(nodes > 1 ? nodes / 2 : 1);
+        state->whole_failed = 0;
+        return;
+    }
+    state->whole_failed = (unsigned char)(state->whole_failed + (state->whole_failed < PK__WHOLE_FAILURES));
+    state->whole_wait = (unsigned char)((1 << state->whole_failed) - 2);
+}
+
+/* sums (2 x readouts of the row, the first of them along the step, or along the probe) := those of the rule with the nodes from
+ * `first` on. Returns the largest difference to what was there. */
+static double pk__whole_difference(pk__integrator *integrator, size_t first, const pk__piece *piece, int probe)
+{
+    const size_t count = pk_readout_count(&integrator->readout, integrator->path.graph->output_width);
+    pk_real *before = integrator->whole_sums + (2 * piece->row + (size_t)probe) * count,
+            *value = integrator->h, *sum = value + count;
+    double largest = 0;
+    memset(sum, 0, count * sizeof *sum);
+    pk__sum_nodes(integrator, first, piece->row, 1, piece->order, value, sum, NULL, NULL);
+    for (size_t k = 0; k < count; k++) {
+        largest = pk__larger(fabs((double)sum[k] - (double)before[k]), largest);
+        before[k] = sum[k];
+    }
+    return largest;
+}
+
+/* What the tests of a whole step decide, of which `reference` is the closure of the rule before, with `family` nodes (0: there is
+ * none), `missed` that of this rule, and `error` the difference of the two: one of them is accepted, or a rule with more nodes is
+ * tested, or (order 0) the kinks are looked for. 1: a test follows.
+ *
+ * Mean slopes make the closure of each rule nearly an identity (its error is of the same order as theirs, but smaller), so that
+ * the difference of two rules judges, too, along the step and along the probe. Errors fall about like the square of the
+ * number of nodes: that of the rule with fewer nodes is the difference, that of the other a part of it. */
+static int pk__decide_whole(pk__integrator *integrator, pk__piece *piece)
+{
+    pk__row_state *state = &integrator->state[piece->row];
+    const int nodes = piece->order, before = (int)piece->family;
+    const double floor = PK__MEASURABLE * PK__EPSILON * (state->height + piece->size),
+                 allowed = pk__larger(integrator->whole_target * piece->size, integrator->whole_least * state->change);
+    if (!(floor <= allowed) || !isfinite(piece->missed)) { /* rounding of h hides what the closure is to show */
+        piece->order = 0;
+        return 0;
+    }
+    double error = piece->missed;
+    if (before) {
+        const double ratio = (double)nodes / before;
+        error = pk__larger(piece->error / (ratio * ratio - 1), piece->missed);
+        if (piece->error <= allowed && piece->reference <= allowed)
+            piece->order = (unsigned char)before;
+        if (piece->order == before || error <= allowed) {
+            pk__accept_in_sequence(integrator, piece, 0);
+            return 0;
+        }
+    }
+    const double wanted = nodes * sqrt(error / allowed);
+    if (nodes == PK__WHOLE_NODES || !(wanted <= 2 * PK__WHOLE_NODES)) {
+        piece->order = 0;
+        return 0;
+    }
+    const int next = 2 * nodes > (int)wanted ? 2 * nodes : (int)wanted;
+    piece->family = nodes;
+    piece->reference = piece->missed;
+    piece->order = (unsigned char)(next < PK__WHOLE_NODES ? next : PK__WHOLE_NODES);
+    return 1;
+}
+
+/* Tests every whole step that is open. Whether some is to be tested again. */
+static int pk__test_whole(pk__integrator *integrator)
+{
+    pk__path *path = &integrator->path;
+    const pk__pieces *pieces = &integrator->pieces;
+    int again = 0;
+    for (size_t next = 0, last; next < pieces->count; next = last) {
+        size_t nodes;
+        const size_t count = pk__whole_points(integrator, next, &last, &nodes);
+        if (!count)
+            continue;
+        const size_t start = pk__path_append(path, count, path->point_row, path->point_t);
+        pk__path_use_means(path, 1);
+        for (int probe = 0; probe < 2; probe++) {
+            size_t point = start, end = start + nodes;
+            if (probe)
+                pk__path_probe(path, start, nodes, path->point_row, path->point_t);
+            else
+                pk__path_tangent(path, start, nodes, path->point_row, path->point_t);
+            for (size_t i = next; i < last; i++) {
+                pk__piece *piece = &pieces->piece[i];
+                pk__row_state *state = &integrator->state[piece->row];
+                const size_t own = piece->order;
+                if (!pk__is_open(piece))
+                    continue;
+                if (!probe) {
+                    const pk__judgement found =
+                        pk__judge(integrator, point, end, end + own, piece->row, 1, (int)own, 0, state->height);
+                    pk__keep_ends(integrator, piece->row);
+                    piece->size = found.size;
+                    piece->missed = found.error;
+                    if (isfinite(found.height))
+                        state->height = pk__larger(found.height, state->height);
+                    if (isfinite(found.size))
+                        state->change = pk__larger(found.size, state->change);
+                }
+                const double difference = pk__whole_difference(integrator, point, piece, probe);
+                piece->error = probe ? pk__larger(difference, piece->error) : difference;
+                point += own;
+                end += own + 1;
+                again |= probe && pk__decide_whole(integrator, piece);
+            }
+        }
+        pk__path_use_means(path, 0);
+    }
+    return again;
+}
+
+/* Tests the whole steps of the rows, which are `pieces`: those that pass are accepted, and the others have order 0. */
+PK__PRIVATE void pk__adapt_whole(pk__integrator *integrator)
+{
+    pk__pieces *pieces = &integrator->pieces;
+    for (size_t i = 0; i < pieces->count; i++) {
+        pk__piece *piece = &pieces->piece[i];
+        const pk__row_state *state = &integrator->state[piece->row];
+        piece->unsplit = 1;
+        piece->family = 0;
+        piece->order = state->whole_wait ? 0 : state->whole_nodes ? state->whole_nodes : 1;
+    }
+    while (pk__test_whole(integrator))
+        ;
+    for (size_t i = 0; i < pieces->count; i++) {
+        const pk__piece *piece = &pieces->piece[i];
+        pk__row_state *state = &integrator->state[piece->row];
+        if (!piece->accepted && state->whole_wait)
+            state->whole_wait--;
+        else
+            pk__plan_whole(state, piece->accepted ? piece->order : 0);
+        state->step_change += piece->accepted ? piece->size : 0;
+    }
+}
+
 PK__END_CODE
 
 /* pathkernel/path/integrator.h: implementation */
@@ -21195,6 +23574,9 @@ PK__INTERNAL void pk__points_take(pk__arena *arena, size_t capacity, int bounds,
     points->weight = pk__arena_take(arena, capacity, sizeof(pk_real));
     points->check = bounds ? pk__arena_take(arena, capacity, sizeof(pk_real)) : NULL;
     points->slack = bounds ? pk__arena_take(arena, capacity, sizeof(pk_real)) : NULL;
+    points->from = pk__arena_take(arena, capacity, sizeof(pk_real));
+    points->to = pk__arena_take(arena, capacity, sizeof(pk_real));
+    points->means = 0;
 }
 
 PK__INTERNAL void pk__integrator_take(pk__arena *arena, const pk_graph *graph, size_t rows, size_t points,
@@ -21215,6 +23597,9 @@ PK__INTERNAL void pk__integrator_take(pk__arena *arena, const pk_graph *graph, s
     integrator->h = pk__arena_take(arena, copies, 5 * sizeof *integrator->h);
     integrator->ends = pk__arena_take(arena, rows, 2 * copies * sizeof *integrator->ends);
     integrator->has_ends = pk__arena_take(arena, rows, 1);
+    integrator->whole_sums = pk__arena_take(arena, rows, 2 * copies * sizeof *integrator->whole_sums);
+    if (integrator->whole_sums)
+        memset(integrator->whole_sums, 0, rows * 2 * copies * sizeof *integrator->whole_sums);
 }
 
 /* One behind the last of the points from p on that are of its row. */
@@ -21237,6 +23622,7 @@ static void pk__put_point(pk__integrator *integrator, size_t row, double t, doub
     points->row[at] = row;
     points->t[at] = (pk_real)t;
     points->weight[at] = (pk_real)weight;
+    points->from[at] = points->to[at] = (pk_real)t;
     if (points->check) {
         points->check[at] = (pk_real)check;
         points->slack[at] = (pk_real)slack;
@@ -21259,20 +23645,42 @@ static int pk__check_order(int n)
 {
     return n + 4 + n / 4 < PK_GAUSS_NODES ? n + 4 + n / 4 : (int)PK_GAUSS_NODES;
 }
+/* The same of a whole step with mean slopes, whose errors fall more slowly. */
+static int pk__check_whole(int n)
+{
+    return 2 * n + 2 < PK_GAUSS_NODES ? 2 * n + 2 : (int)PK_GAUSS_NODES;
+}
+
+/* The nodes of the rule that shows the error of a piece; 0: none is needed. */
+static int pk__piece_check(const pk__integrator *integrator, const pk__piece *piece)
+{
+    return !integrator->points.check || (integrator->fixed_order && !piece->unsplit) ? 0
+           : piece->unsplit                                                          ? pk__check_whole(piece->order)
+                                                            : pk__check_order(piece->order);
+}
+
 /* How many points a piece has: its nodes or, of a piece that nothing is known of, its middle; then, with bounds, the nodes of a
  * rule that shows the error. */
 static int pk__piece_points(const pk__integrator *integrator, const pk__piece *piece)
 {
-    const int order = piece->order;
-    return order == 0                                                 ? 1
-           : integrator->fixed_order == 0 && integrator->points.check ? order + pk__check_order(order)
-                                                                      : order;
+    return piece->order == 0 ? 1 : piece->order + pk__piece_check(integrator, piece);
+}
+
+/* The point that has been put last has mean slopes over the stretch of a node, where the piece's kinks have not been looked for. */
+static void pk__set_stretch(pk__integrator *integrator, const pk__piece *piece, int order, int node)
+{
+    pk__points *points = &integrator->points;
+    if (!piece->unsplit)
+        return;
+    points->from[points->count - 1] = (pk_real)pk__stretch_end(integrator, piece->a, piece->b, order, node);
+    points->to[points->count - 1] = (pk_real)pk__stretch_end(integrator, piece->a, piece->b, order, node + 1);
+    points->means = 1;
 }
 
 /* Point number `node` of a piece. A fixed order is exact; the error of any other is to be estimated. */
 static void pk__put_node(pk__integrator *integrator, const pk__piece *piece, int node)
 {
-    const int bounds = integrator->points.check != NULL, checked = bounds && integrator->fixed_order == 0;
+    const int bounds = integrator->points.check != NULL, check = pk__piece_check(integrator, piece);
     const double a = piece->a, length = piece->b - a;
     int order = piece->order;
     if (order == 0) {
@@ -21282,12 +23690,13 @@ static void pk__put_node(pk__integrator *integrator, const pk__piece *piece, int
     const int checking = node >= order;
     if (checking) {
         node -= order;
-        order = pk__check_order(order);
+        order = check;
     }
     const double *x = integrator->gauss_nodes + order * (order - 1) / 2;
     const double weight = length * integrator->gauss_weights[order * (order - 1) / 2 + node];
     if (checking) {
         pk__put_point(integrator, piece->row, a + length * x[node], 0, weight, 0);
+        pk__set_stretch(integrator, piece, order, node);
         return;
     }
     double slack = weight * piece->missed;
@@ -21296,7 +23705,8 @@ static void pk__put_node(pk__integrator *integrator, const pk__piece *piece, int
         slack += piece->slack_a * pk__edge_weight(order, x, node);
     if (bounds && piece->slack_b > 0)
         slack += piece->slack_b * pk__edge_weight(order, x, order - 1 - node);
-    pk__put_point(integrator, piece->row, a + length * x[node], weight, checked ? -weight : 0, slack);
+    pk__put_point(integrator, piece->row, a + length * x[node], weight, check ? -weight : 0, slack);
+    pk__set_stretch(integrator, piece, order, node);
 }
 
 /* Puts points of the pieces that are handed over into the batch. 0: it is full, and there are more. */
@@ -21409,6 +23819,24 @@ static void pk__measure_pieces(pk__integrator *integrator)
     pk__hand_over(integrator, pieces->piece, integrator->sequence, integrator->sequence_count);
 }
 
+/* Stage WHOLE: the steps of all rows without a look at their kinks. Those that pass are handed over; the others wait. */
+static void pk__take_whole(pk__integrator *integrator)
+{
+    pk__pieces *pending = &integrator->pending, *pieces = &integrator->pieces;
+    size_t left = 0;
+    pieces->count = pending->count;
+    integrator->sequence_count = 0;
+    for (size_t i = 0; i < pending->count; i++)
+        pieces->piece[i] = pending->piece[i];
+    pk__adapt_whole(integrator);
+    for (size_t i = 0; i < pieces->count; i++)
+        if (!pieces->piece[i].accepted)
+            pending->piece[left++] = pending->piece[i];
+    integrator->split_pieces += pieces->count - left;
+    pending->count = left;
+    pk__hand_over(integrator, pieces->piece, integrator->sequence, integrator->sequence_count);
+}
+
 /* Stage PIECES: as many of the pieces that wait as there are rows. */
 static void pk__take_waiting(pk__integrator *integrator)
 {
@@ -21509,15 +23937,20 @@ static void pk__halve_failed(pk__integrator *integrator)
 static void pk__plan_rows(pk__integrator *integrator)
 {
     for (size_t row = 0; !integrator->fixed_order && row < integrator->path.rows; row++)
-        integrator->state[row].order = integrator->next_order[row].nodes
-                                           ? integrator->next_order[row]
-                                           : (pk__row_order){PK__LARGEST_ORDER, 0};
+        if (integrator->next_order[row].nodes)
+            integrator->state[row].order = integrator->next_order[row];
+        else if (!integrator->whole_target) /* some row's whole step may have passed: it has no pieces */
+            integrator->state[row].order = (pk__row_order){PK__LARGEST_ORDER, 0};
 }
 
 /* Finds out which points come next, all that were known before having been put into batches. 0: there are none. */
 static int pk__find_more(pk__integrator *integrator)
 {
     switch (integrator->stage) {
+    case PK__STAGE_WHOLE:
+        pk__take_whole(integrator);
+        integrator->stage = PK__STAGE_PIECES;
+        return 1;
     case PK__STAGE_PIECES:
         if (integrator->waiting == 0)
             integrator->failed.count = 0;
@@ -21559,7 +23992,9 @@ PK__INTERNAL void pk__integrator_begin(pk__integrator *integrator)
     integrator->stage = PK__STAGE_RULE;
     if (integrator->at_one_point || (rule != PK_RULE_AUTO && rule != PK_RULE_EXACT))
         return;
-    integrator->stage = PK__STAGE_PIECES;
+    integrator->stage = integrator->whole_target > 0 && rule == PK_RULE_AUTO && path->last_switch && !graph->surrogate
+                            ? PK__STAGE_WHOLE
+                            : PK__STAGE_PIECES;
     /* A surrogate's integrand is no derivative, so that nothing can judge a rule: take one that is fine between
      * the jumps of its values. */
     integrator->fixed_order = graph->surrogate                             ? (int)PK__SURROGATE_NODES
@@ -21581,6 +24016,7 @@ PK__INTERNAL int pk__integrator_next(pk__integrator *integrator, const pk__point
     if (batch->last)
         return 0;
     batch->count = 0;
+    batch->means = 0;
     *points = batch;
     if (integrator->stage == PK__STAGE_RULE) {
         batch->last = pk__put_rule(integrator);
@@ -21628,6 +24064,14 @@ PK__BEGIN_CODE
 static const pk_node *pk__layer_input(const pk_graph *graph, const pk_node *node)
 {
     return &graph->nodes[node->inputs[0]];
+}
+
+/* The last layer where only an elementwise operation stands between it and node. */
+PK__PRIVATE const pk_node *pk__last_behind(const pk_graph *graph, const pk_node *node)
+{
+    const pk_node *between = pk__only_reader(graph, node);
+    const pk_node *head = between && between->operation->elementwise ? pk__only_reader(graph, between) : NULL;
+    return head && head->cotangent_constant && pk__is_outer(head) ? head : NULL;
 }
 
 PK__INTERNAL int pk__layer_by_rows(const pk__representation *representation, const pk_node *node)
@@ -21903,6 +24347,7 @@ PK__BEGIN_CODE
 typedef enum pk__gram_form {
     PK__GRAM_OUTER,    /* (a . a' + 1) (d . d') */
     PK__GRAM_CONSTANT, /* the same, d . d' the same for all rows */
+    PK__GRAM_SLOPES,   /* the same, summed over outputs whose d_k differ by factors that all rows share */
     PK__GRAM_PLACES,   /* a sum of that over pairs of places */
     PK__GRAM_ROWS      /* the gradients' products */
 } pk__gram_form;
@@ -21917,6 +24362,9 @@ typedef struct pk__gram_layer {
     size_t left, right;       /* numbers kept of a row: inputs; cotangents or gradients, of all outputs */
     size_t left_at, right_at; /* of the numbers kept of a row, how many are in front of these */
     size_t depth;             /* terms of a product of two cotangents or gradients */
+    const pk_node *last;      /* SLOPES: the last layer */
+    pk_real *seen[2];         /* SLOPES: of each side, nodes x terms x outputs x width: W^T seed_k; then D^T seed_k */
+    pk_real *factor;          /* SLOPES: nodes x terms x terms x width: sum_k of products of these */
     size_t places, examples;  /* PLACES: how many places of one row with how many other rows at one time */
     pk_real *constant;        /* CONSTANT: kept x kept */
 } pk__gram_layer;
@@ -21925,10 +24373,12 @@ typedef struct pk__gram_layer {
 typedef struct pk__gram_side {
     const pk__gram_rows_of *of;
     pk_matrix inputs;
-    const pk_real *weights, *direction; /* in the spread layout */
+    const pk_real *weights, *direction; /* in the spread layout; weights: of all nodes */
     int leads;                          /* the first of the two */
+    size_t nodes, node;                 /* with weights of their own; the one whose factors are computed */
     size_t first, rows, capacity;
-    pk_real *factors;
+    size_t numbers;   /* of a row, at one node */
+    pk_real *factors; /* node by node */
 } pk__gram_side;
 
 typedef struct pk__gram {
@@ -21939,6 +24389,12 @@ typedef struct pk__gram {
     int two_points;       /* the sides' gradients are taken at different weights */
     int uniform;          /* all rows have the same seeds */
     size_t outputs, kept; /* cotangents of a row; of these, how many the result has: all or 1 */
+    size_t nodes;
+    const double *node_weight;
+    double weight_sum;
+    size_t terms; /* SLOPES: of V = W + t D, 2 where rows have a t of their own, else 1 */
+    int slopes;   /* sums over outputs of rows with unit seeds */
+    int lean;     /* no row needs a pass back */
     int by_layer;
     size_t plane;           /* by_layer: numbers of a layer's matrix */
     size_t layers, numbers; /* numbers kept of a row */
@@ -21948,6 +24404,7 @@ typedef struct pk__gram {
     size_t unit;        /* the larger of tile and sweep: where sides are cut */
     int together;       /* the rows of both sides go through the network as one */
     size_t left, right; /* numbers of a lane's products */
+    size_t scaled;      /* numbers of a row that are scaled for them, or slopes */
     int symmetric;
     pk_matrix result;
     int threads;
@@ -21967,8 +24424,9 @@ typedef struct pk__gram_rows {
 typedef struct pk__gram_lane {
     pk__tape forward, back;
     pk_real *inputs;
-    pk_real *left, *right, *tile, *spread;
+    pk_real *left, *right, *tile, *spread, *scaled;
     pk_real *gradients; /* with ties: of a row, in the spread layout */
+    pk_real *ones;      /* of a part: the cotangents that give slopes */
 } pk__gram_lane;
 
 /* The tape of a pass back stands first: the threads that share the operations of a pass forward take nothing else. */
@@ -21988,17 +24446,24 @@ static pk_real *pk__gram_gradients_take(pk__arena *arena, const pk__gram *gram)
     return pk__arena_take(arena, numbers, sizeof(pk_real));
 }
 
+static pk_real *pk__gram_ones_take(pk__arena *arena, const pk__gram *gram)
+{
+    return pk__arena_take(arena, gram->part, gram->scaled * sizeof(pk_real));
+}
+
 static void pk__gram_lane_take(pk__arena *arena, const pk__gram *gram, pk__gram_lane *lane)
 {
     const size_t width = gram->tile * gram->kept;
     pk__gram_back_take(arena, gram, &lane->back);
     lane->gradients = pk__gram_gradients_take(arena, gram);
+    lane->ones = pk__gram_ones_take(arena, gram);
     pk__pass_take(arena, gram->graph, gram->sweep, 0, 0, &lane->forward);
     lane->inputs = pk__arena_take(arena, gram->sweep, gram->graph->input_width * sizeof(pk_real));
     lane->left = pk__arena_take(arena, gram->left, sizeof(pk_real));
     lane->right = pk__arena_take(arena, gram->right, sizeof(pk_real));
     lane->tile = pk__arena_take(arena, width, width * sizeof(pk_real));
     lane->spread = pk__arena_take(arena, width, sizeof(pk_real));
+    lane->scaled = pk__arena_take(arena, gram->tile, gram->scaled * sizeof(pk_real));
 }
 
 static pk__arena pk__gram_arena(const pk__gram *gram, int lane)
@@ -22015,22 +24480,29 @@ static pk__gram_lane pk__gram_lane_of(const pk__gram *gram, int number)
     return lane;
 }
 
-/* Number `at` of the factors of a layer; NULL where no layer has any: nothing may be added to NULL. */
-static pk_real *pk__gram_factors(const pk__gram_side *side, size_t layer_at, size_t at)
+/* Number `at` of the factors of a layer at a node; NULL where no layer has any: nothing may be added to NULL. */
+static pk_real *pk__gram_factors(const pk__gram_side *side, size_t node, size_t layer_at, size_t at)
 {
-    return side->factors ? side->factors + side->capacity * layer_at + at : NULL;
+    const size_t own = side->nodes > 1 ? node : 0;
+    return side->factors ? side->factors + side->capacity * (own * side->numbers + layer_at) + at : NULL;
 }
 
-/* Where a layer's factors of a row are; inputs that are data are where the caller has them. */
-static pk_real *pk__gram_left(const pk__gram_side *side, const pk__gram_layer *layer, size_t row)
+/* Where a layer's factors of a row at a node are; inputs that are data are where the caller has them. */
+static pk_real *pk__gram_left(const pk__gram_side *side, const pk__gram_layer *layer, size_t node, size_t row)
 {
     return layer->data ? side->inputs.data + (side->first + row) * side->inputs.ld
-                       : pk__gram_factors(side, layer->left_at, row * layer->left);
+                       : pk__gram_factors(side, node, layer->left_at, row * layer->left);
 }
 
-static pk_real *pk__gram_right(const pk__gram_side *side, const pk__gram_layer *layer, size_t row)
+static pk_real *pk__gram_right(const pk__gram_side *side, const pk__gram_layer *layer, size_t node, size_t row)
 {
-    return pk__gram_factors(side, layer->right_at, row * layer->right);
+    return pk__gram_factors(side, node, layer->right_at, row * layer->right);
+}
+
+/* The weights of a side at the node whose factors are computed, in the spread layout. */
+static const pk_real *pk__gram_weights(const pk__gram_side *side, const pk_graph *graph)
+{
+    return side->weights + side->node * (graph->tied ? graph->spread : graph->parameters);
 }
 
 /* ---- factors ------------------------------------------------------------------------------------------- */
@@ -22090,23 +24562,61 @@ static void pk__gram_keep_tied(const pk__gram *gram, const pk__tape *tape, const
             for (size_t l = 0; l < gram->layers; l++) {
                 const pk__gram_layer *layer = &gram->layer[l];
                 const size_t count = layer->right / outputs;
-                memcpy(pk__gram_right(side, layer, at + r) + k * count, flat + layer->offset,
+                memcpy(pk__gram_right(side, layer, side->node, at + r) + k * count, flat + layer->offset,
                        count * sizeof *flat);
             }
         }
     }
 }
 
+/* W^T seed_k and D^T seed_k of the last layer behind a layer, from the pass back of a row. */
+static void pk__gram_see(const pk__gram *gram, const pk__tape *tape, const pk__gram_side *side,
+                         const pk__gram_layer *layer)
+{
+    const pk_node *last = layer->last;
+    const size_t C = gram->outputs, out = last->fan_out, in = last->fan_in;
+    const pk_real *seeds = tape->cotangent[last - gram->graph->nodes],
+                  *weights = pk__gram_weights(side, gram->graph) + last->weight_offset;
+    pk_real *seen = layer->seen[!side->leads] + side->node * gram->terms * C * in;
+    pk__gemm(0, 0, C, in, out, 1, seeds, out, weights, in, 0, seen, in);
+    if (side->direction)
+        pk__gemm(0, 0, C, in, out, 1, seeds, out, side->direction + last->weight_offset, in, 0, seen + C * in,
+                 in);
+    else if (gram->terms > 1)
+        memset(seen + C * in, 0, C * in * sizeof *seen);
+}
+
+/* The slopes of the operation between a layer and the last one, and t times these. */
+static void pk__gram_slopes(const pk__gram *gram, const pk__tape *tape, const pk__line *line,
+                            const pk__gram_layer *layer, size_t rows, pk_real *ones, pk_real *to)
+{
+    const pk_node *between = pk__only_reader(gram->graph, layer->node);
+    const size_t width = between->width;
+    pk_call call;
+    for (size_t i = 0; i < rows * width; i++)
+        ones[i] = 1;
+    pk__pass_call(tape, between, rows, 1, &call);
+    call.out_cotangent = ones;
+    call.in_cotangent[0] = gram->terms > 1 ? ones : to;
+    between->operation->reverse(&call);
+    for (size_t r = 0; r < rows && gram->terms > 1; r++)
+        for (size_t j = 0; j < width; j++) {
+            to[r * 2 * width + j] = ones[r * width + j];
+            to[r * 2 * width + width + j] = line->direction ? line->t[r] * ones[r * width + j] : 0;
+        }
+}
+
 /* What else is kept of the rows of a tape after their pass back, which are rows at ... of the side. */
 static void pk__gram_keep(const pk__gram *gram, const pk__tape *tape, const pk__line *line,
-                          const pk__gram_side *side, size_t at, size_t rows)
+                          const pk__gram_side *side, size_t at, size_t rows, pk_real *ones)
 {
     const size_t outputs = gram->outputs;
     for (size_t l = 0; l < gram->layers; l++) {
         const pk__gram_layer *layer = &gram->layer[l];
         const pk_node *node = layer->node;
         const pk_real *cotangent = tape->cotangent[node - gram->graph->nodes];
-        pk_real *left = pk__gram_left(side, layer, at), *right = pk__gram_right(side, layer, at);
+        pk_real *left = pk__gram_left(side, layer, side->node, at),
+                *right = pk__gram_right(side, layer, side->node, at);
         if (layer->form == PK__GRAM_ROWS) {
             pk__gram_node_gradients(gram, tape, line, node, 0, rows, right);
         } else if (layer->form == PK__GRAM_PLACES) {
@@ -22119,6 +24629,11 @@ static void pk__gram_keep(const pk__gram *gram, const pk__tape *tape, const pk__
                 /* any row's will do; one thread has this one */
                 pk__gemm(0, 1, gram->kept, gram->kept, layer->depth, 1, cotangent, layer->depth, cotangent,
                          layer->depth, 0, layer->constant, gram->kept);
+            if (layer->form == PK__GRAM_SLOPES) {
+                if (side->first + at == 0)
+                    pk__gram_see(gram, tape, side, layer);
+                pk__gram_slopes(gram, tape, line, layer, rows, ones, right);
+            }
         }
     }
 }
@@ -22156,24 +24671,27 @@ static void pk__gram_back(const pk__gram *gram, const pk__tape *values, const pk
     const size_t row = skipped + (part < first ? 0 : sides[0].rows), at = from->at + skipped,
                  rows = pk__min(gram->part, from->rows - skipped);
     const pk_graph *graph = gram->graph;
-    const pk__line line = {from->side->weights, from->side->direction,
+    const pk__line line = {pk__gram_weights(from->side, graph), from->side->direction,
                            from->side->direction ? from->side->of->t + from->side->first + at : NULL};
     pk__arena arena = pk__gram_arena(gram, lane);
     pk__tape back, *tape = &back;
     pk__gram_back_take(&arena, gram, tape);
-    pk_real *gradients = pk__gram_gradients_take(&arena, gram);
+    pk_real *gradients = pk__gram_gradients_take(&arena, gram), *ones = pk__gram_ones_take(&arena, gram);
+    const size_t back_rows = !gram->lean ? rows : from->side->first + at == 0;
     for (size_t n = 0; n < graph->node_count; n++)
         tape->value[n] = values->value[n] + row * graph->nodes[n].width;
     for (size_t l = 0; l < gram->layers; l++)
         if (gram->layer[l].form == PK__GRAM_OUTER)
             tape->cotangent[gram->layer[l].node - graph->nodes] =
-                pk__gram_right(from->side, &gram->layer[l], at);
-    pk__gram_seed(gram, tape, from->side, at, rows);
-    pk__pass_reverse(tape, &line, rows, gram->outputs);
+                pk__gram_right(from->side, &gram->layer[l], from->side->node, at);
+    if (back_rows) {
+        pk__gram_seed(gram, tape, from->side, at, back_rows);
+        pk__pass_reverse(tape, &line, back_rows, gram->outputs);
+    }
     if (gradients)
         pk__gram_keep_tied(gram, tape, &line, from->side, at, rows, gradients);
     else
-        pk__gram_keep(gram, tape, &line, from->side, at, rows);
+        pk__gram_keep(gram, tape, &line, from->side, at, rows, ones);
 }
 
 /* Pass number `pass` of a side's rows, at most gram->sweep, or of both sides', through the network: with several threads for
@@ -22186,7 +24704,8 @@ static void pk__gram_pass(const pk__gram *gram, const pk__gram_side *side, const
     const size_t at = (pass < own ? pass : pass - own) * gram->sweep;
     const pk__gram_rows sides[2] = {{to, at, pk__min(gram->sweep, to->rows - at)},
                                     {other, 0, gram->together && other ? other->rows : 0}};
-    const pk__line line = {to->weights, to->direction, to->direction ? to->of->t + to->first + at : NULL};
+    const pk__line line = {pk__gram_weights(to, gram->graph), to->direction,
+                           to->direction ? to->of->t + to->first + at : NULL};
     pk__gram_lane room = pk__gram_lane_of(gram, lane);
     const pk_real *inputs = room.inputs;
     size_t rows = 0, parts = 0;
@@ -22216,7 +24735,7 @@ static void pk__gram_pass(const pk__gram *gram, const pk__gram_side *side, const
     }
 }
 
-/* Fills a side, and perhaps another, with their rows first .. first + rows - 1. Threads have passes of their own or, where
+/* Fills a side, and perhaps another, with their rows first .. first + rows - 1 at their node. Threads have passes of their own or, where
  * some of them would wait, share the operations of each: in no region around those, which would start threads anew. */
 static void pk__gram_fill(const pk__gram *gram, pk__gram_side *side, pk__gram_side *other)
 {
@@ -22237,11 +24756,26 @@ static void pk__gram_fill(const pk__gram *gram, pk__gram_side *side, pk__gram_si
     }
 }
 
+/* The same at all their nodes. */
+static void pk__gram_fill_nodes(const pk__gram *gram, pk__gram_side *side, pk__gram_side *other)
+{
+    for (size_t node = 0; node < gram->nodes; node++) {
+        pk__gram_side *second = other && node < other->nodes ? other : NULL;
+        side->node = node;
+        if (second)
+            second->node = node;
+        if (node < side->nodes)
+            pk__gram_fill(gram, side, second);
+        else if (second)
+            pk__gram_fill(gram, second, NULL);
+    }
+}
+
 /* ---- tiles --------------------------------------------------------------------------------------------- */
 
-/* tile += sum over pairs of places (a_q . a_r + bias) (d_q . d_r). */
+/* tile += weight times the sum over pairs of places (a_q . a_r + bias) (d_q . d_r). */
 static void pk__gram_places(const pk__gram *gram, const pk__gram_layer *layer, pk__gram_lane *lane,
-                            const pk_real *x_left, const pk_real *x_right, const pk_real *y_left,
+                            pk_real weight, const pk_real *x_left, const pk_real *x_right, const pk_real *y_left,
                             const pk_real *y_right, size_t rows, size_t columns)
 {
     const size_t positions = layer->node->positions, in = layer->node->fan_in, kept = gram->kept,
@@ -22253,7 +24787,7 @@ static void pk__gram_places(const pk__gram *gram, const pk__gram_layer *layer, p
             const size_t count = pk__min(layer->examples, columns - j), across = count * positions;
             pk__gemm(0, 1, together, across, in, 1, x_left + p * in, in, y_left + j * positions * in, in, 0,
                      lane->left, across);
-            pk__gemm(0, 1, together * kept, across * kept, depth, 1, x_right + p * kept * depth, depth,
+            pk__gemm(0, 1, together * kept, across * kept, depth, weight, x_right + p * kept * depth, depth,
                      y_right + j * positions * kept * depth, depth, 0, lane->right, across * kept);
             for (size_t q = 0; q < together; q++)
                 for (size_t k = 0; k < kept; k++) {
@@ -22268,51 +24802,109 @@ static void pk__gram_places(const pk__gram *gram, const pk__gram_layer *layer, p
     }
 }
 
-/* tile = the kernel of rows at i ... of x and j ... of y, of all layers or, column >= 0, of those of one. */
+/* left (+)= weight times the products of the inputs of a layer's rows at a node. */
+static void pk__gram_inputs(const pk__gram_layer *layer, const pk__gram_side *x, size_t i, size_t rows,
+                            const pk__gram_side *y, size_t j, size_t columns, size_t node, double weight,
+                            int more, pk_real *left)
+{
+    const size_t in = layer->node->fan_in;
+    pk__gemm(0, 1, rows, columns, in, (pk_real)weight, pk__gram_left(x, layer, node, i),
+             layer->data ? x->inputs.ld : in, pk__gram_left(y, layer, node, j), layer->data ? y->inputs.ld : in,
+             (pk_real)more, left, columns);
+}
+
+/* right (+)= weight times the products of what is kept of a layer's cotangents at a node. */
+static void pk__gram_cotangents(const pk__gram *gram, const pk__gram_layer *layer, pk__gram_lane *lane,
+                                const pk__gram_side *x, size_t i, size_t rows, const pk__gram_side *y, size_t j,
+                                size_t columns, size_t node, int more, pk_real *right)
+{
+    const size_t kept = gram->kept, depth = layer->depth, terms = gram->terms, width = depth / terms;
+    const pk_real *x_right = pk__gram_right(x, layer, node, i);
+    if (layer->form == PK__GRAM_SLOPES) { /* the sum over outputs, taken to the left side */
+        const pk_real *factor = layer->factor + node * terms * depth;
+        for (size_t r = 0; r < rows; r++)
+            for (size_t term = 0; term < terms; term++)
+                for (size_t h = 0; h < width; h++)
+                    lane->scaled[r * depth + term * width + h] =
+                        x_right[r * depth + h] * factor[term * width + h] +
+                        (terms > 1 ? x_right[r * depth + width + h] * factor[(2 + term) * width + h] : 0);
+        x_right = lane->scaled;
+    }
+    pk__gemm(0, 1, rows * kept, columns * kept, depth, (pk_real)gram->node_weight[node], x_right, depth,
+             pk__gram_right(y, layer, node, j), depth, (pk_real)more, right, columns * kept);
+}
+
+/* tile += (left + bias) o right, or of constants instead of right. */
+static void pk__gram_join(const pk__gram *gram, const pk__gram_layer *layer, pk__gram_lane *lane, size_t rows,
+                          size_t columns, pk_real bias)
+{
+    const size_t kept = gram->kept, ld = columns * kept;
+    for (size_t r = 0; r < rows; r++) {
+        for (size_t s = 0; s < ld; s++)
+            lane->spread[s] = lane->left[r * columns + s / kept] + bias;
+        for (size_t k = 0; k < kept; k++) {
+            pk_real *to = lane->tile + (r * kept + k) * ld;
+            const pk_real *right = lane->right + (r * kept + k) * ld;
+            if (layer->form != PK__GRAM_CONSTANT)
+                for (size_t s = 0; s < ld; s++)
+                    to[s] += lane->spread[s] * right[s];
+            else
+                for (size_t s = 0; s < kept; s++)
+                    for (size_t t = s; layer->constant[k * kept + s] != 0 && t < ld; t += kept)
+                        to[t] += lane->spread[t] * layer->constant[k * kept + s];
+        }
+    }
+}
+
+/* tile = the kernel of rows at i ... of x and j ... of y, of all layers or, column >= 0, of those of one; the sum over the
+ * nodes. Where only one factor depends on the node, that one is summed first, in the products. */
 static void pk__gram_tile(const pk__gram *gram, pk__gram_lane *lane, const pk__gram_side *x, size_t i,
                           size_t rows, const pk__gram_side *y, size_t j, size_t columns, int column)
 {
-    const size_t kept = gram->kept, ld = columns * kept;
-    const pk_node *input = NULL; /* whose Gram matrix is in lane->left */
+    const size_t kept = gram->kept, ld = columns * kept, nodes = gram->nodes;
+    const pk_node *input = NULL; /* whose Gram matrix is in lane->left, of all nodes */
     memset(lane->tile, 0, rows * kept * ld * sizeof *lane->tile);
     for (size_t l = 0; l < gram->layers; l++) {
         const pk__gram_layer *layer = &gram->layer[l];
         const size_t depth = layer->depth;
         if (column >= 0 && layer->column != column)
             continue;
-        const pk_real *x_right = pk__gram_right(x, layer, i), *y_right = pk__gram_right(y, layer, j);
-        if (layer->form == PK__GRAM_ROWS) {
-            pk__gemm(0, 1, rows * kept, ld, depth, 1, x_right, depth, y_right, depth, 1, lane->tile, ld);
-            continue;
-        }
-        const size_t in = layer->node->fan_in;
-        const pk_real *x_left = pk__gram_left(x, layer, i), *y_left = pk__gram_left(y, layer, j);
-        if (layer->form == PK__GRAM_PLACES) {
-            pk__gram_places(gram, layer, lane, x_left, x_right, y_left, y_right, rows, columns);
-            input = NULL;
-            continue;
-        }
-        if (input != pk__layer_input(gram->graph, layer->node))
-            pk__gemm(0, 1, rows, columns, in, 1, x_left, layer->data ? x->inputs.ld : in, y_left,
-                     layer->data ? y->inputs.ld : in, 0, lane->left, columns);
-        input = pk__layer_input(gram->graph, layer->node);
-        if (layer->form == PK__GRAM_OUTER)
-            pk__gemm(0, 1, rows * kept, ld, depth, 1, x_right, depth, y_right, depth, 0, lane->right, ld);
-        for (size_t r = 0; r < rows; r++) {
-            for (size_t s = 0; s < ld; s++)
-                lane->spread[s] = lane->left[r * columns + s / kept] + layer->bias;
-            for (size_t k = 0; k < kept; k++) {
-                pk_real *to = lane->tile + (r * kept + k) * ld;
-                const pk_real *right = lane->right + (r * kept + k) * ld;
-                if (layer->form == PK__GRAM_OUTER)
-                    for (size_t s = 0; s < ld; s++)
-                        to[s] += lane->spread[s] * right[s];
+        if (layer->form == PK__GRAM_ROWS || layer->form == PK__GRAM_PLACES) {
+            for (size_t q = 0; q < nodes; q++) {
+                const pk_real weight = (pk_real)gram->node_weight[q];
+                const pk_real *x_right = pk__gram_right(x, layer, q, i), *y_right = pk__gram_right(y, layer, q, j);
+                if (layer->form == PK__GRAM_ROWS)
+                    pk__gemm(0, 1, rows * kept, ld, depth, weight, x_right, depth, y_right, depth, 1, lane->tile,
+                             ld);
                 else
-                    for (size_t s = 0; s < kept; s++)
-                        for (size_t t = s; layer->constant[k * kept + s] != 0 && t < ld; t += kept)
-                            to[t] += lane->spread[t] * layer->constant[k * kept + s];
+                    pk__gram_places(gram, layer, lane, weight, pk__gram_left(x, layer, q, i), x_right,
+                                    pk__gram_left(y, layer, q, j), y_right, rows, columns);
             }
+            input = layer->form == PK__GRAM_ROWS ? input : NULL;
+            continue;
         }
+        const pk_node *own = pk__layer_input(gram->graph, layer->node);
+        const int constant = layer->form == PK__GRAM_CONSTANT;
+        if (nodes == 1 || layer->data) { /* inputs that all nodes share */
+            if (input != own)
+                pk__gram_inputs(layer, x, i, rows, y, j, columns, 0, 1, 0, lane->left);
+            input = own;
+            for (size_t q = 0; q < nodes && !constant; q++)
+                pk__gram_cotangents(gram, layer, lane, x, i, rows, y, j, columns, q, q > 0, lane->right);
+            pk__gram_join(gram, layer, lane, rows, columns, layer->bias);
+            continue;
+        }
+        input = NULL;
+        for (size_t q = 0; q < nodes; q++) {
+            pk__gram_inputs(layer, x, i, rows, y, j, columns, q, constant ? gram->node_weight[q] : 1,
+                            constant && q > 0, lane->left);
+            if (constant)
+                continue;
+            pk__gram_cotangents(gram, layer, lane, x, i, rows, y, j, columns, q, 0, lane->right);
+            pk__gram_join(gram, layer, lane, rows, columns, layer->bias);
+        }
+        if (constant)
+            pk__gram_join(gram, layer, lane, rows, columns, (pk_real)(layer->bias * gram->weight_sum));
     }
 }
 
@@ -22343,12 +24935,39 @@ static size_t pk__gram_write(const pk__gram *gram, pk_real *tile, size_t plane, 
     return bad;
 }
 
+/* The factors of slopes: sum_k (V0 + t V1)_kh (V0' + t' V1')_kh, term by term. */
+static void pk__gram_factor(const pk__gram *gram, const pk__gram_side *x, const pk__gram_side *y)
+{
+    const size_t terms = gram->terms, C = gram->outputs;
+    for (size_t l = 0; l < gram->layers; l++) {
+        const pk__gram_layer *layer = &gram->layer[l];
+        const size_t width = layer->depth / terms;
+        for (size_t q = 0; q < gram->nodes && layer->form == PK__GRAM_SLOPES; q++)
+            for (size_t term = 0; term < terms * terms; term++) {
+                const pk_real *v[2];
+                const pk__gram_side *sides[2] = {x, y};
+                const size_t of[2] = {term / terms, term % terms};
+                pk_real *to = layer->factor + (q * terms * terms + term) * width;
+                for (int s = 0; s < 2; s++)
+                    v[s] = layer->seen[!sides[s]->leads] +
+                           ((sides[s]->nodes > 1 ? q : 0) * terms + of[s]) * C * width;
+                for (size_t h = 0; h < width; h++) {
+                    double sum = 0;
+                    for (size_t k = 0; k < C; k++)
+                        sum += (double)v[0][k * width + h] * v[1][k * width + h];
+                    to[h] = (pk_real)sum;
+                }
+            }
+    }
+}
+
 /* All pairs of two sides, or of one with itself. */
 static pk_status pk__gram_pairs(pk__gram *gram, const pk__gram_side *x, const pk__gram_side *y)
 {
     const size_t down = pk__blocks(x->rows, gram->tile), across = pk__blocks(y->rows, gram->tile);
     const int half = x == y, workers = gram->threads;
     const size_t tiles = half ? down * (down + 1) / 2 : down * across, most = 32 * (size_t)workers;
+    pk__gram_factor(gram, x, y);
     for (size_t start = 0; start < tiles; start += most) {
         const size_t end = start + pk__min(most, tiles - start);
         pk_status status = pk__progress(gram->context, "kernel", gram->done / gram->all);
@@ -22407,7 +25026,11 @@ static void pk__gram_plan_layer(const pk__gram *gram, double rows, pk__gram_laye
     const double factored =
         places * places * (2 * in + 2 * c * (double)(node->fan_out * group) * c + 8 * c * c);
     layer->column = pk__gram_column(gram->graph, node);
-    layer->form = outer ? node->cotangent_constant && gram->uniform ? PK__GRAM_CONSTANT : PK__GRAM_OUTER
+    layer->last = outer && gram->slopes && gram->terms * kept < gram->outputs
+                      ? pk__last_behind(gram->graph, node)
+                      : NULL;
+    layer->form = layer->last ? PK__GRAM_SLOPES
+                  : outer ? node->cotangent_constant && gram->uniform ? PK__GRAM_CONSTANT : PK__GRAM_OUTER
                   : node->tangent_form == PK_TANGENT_OUTER && factored < by_rows ? PK__GRAM_PLACES
                                                                                  : PK__GRAM_ROWS;
     if (layer->form == PK__GRAM_ROWS) {
@@ -22420,6 +25043,8 @@ static void pk__gram_plan_layer(const pk__gram *gram, double rows, pk__gram_laye
     layer->left = layer->data ? 0 : node->positions * node->fan_in;
     layer->right = layer->form == PK__GRAM_CONSTANT ? 0 : node->width * gram->outputs;
     layer->depth = node->fan_out * group;
+    if (layer->form == PK__GRAM_SLOPES)
+        layer->right = layer->depth = node->width * gram->terms;
     if (layer->form == PK__GRAM_PLACES) {
         const size_t row = node->positions * kept;
         layer->places = pk__max(1, pk__min(node->positions, room / row / kept));
@@ -22477,6 +25102,7 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
     gram->unit = pk__max(gram->tile, gram->sweep);
     gram->left = gram->tile * gram->tile;
     gram->right = gram->left * kept * kept;
+    gram->lean = !graph->tied;
     for (size_t l = 0; l < graph->layers; l++) {
         pk__gram_layer *layer = &gram->layer[gram->layers];
         layer->node = pk_graph_layer(graph, l);
@@ -22492,6 +25118,8 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
         gram->layers++;
         if (graph->tied)
             continue;
+        gram->lean &= layer->form == PK__GRAM_CONSTANT || layer->form == PK__GRAM_SLOPES;
+        gram->scaled = pk__max(gram->scaled, layer->form == PK__GRAM_SLOPES ? layer->depth : 0);
         const size_t pairs = layer->places * layer->examples * layer->node->positions;
         gram->left = pk__max(gram->left, pairs);
         gram->right = pk__max(gram->right, pairs * kept * kept);
@@ -22500,7 +25128,7 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
     pk__gram_lane lane;
     pk__gram_lane_take(&arena, gram, &lane);
     gram->lane_bytes = arena.used;
-    if (arena.overflow || gram->numbers > SIZE_MAX / 4096 / gram->unit)
+    if (arena.overflow || gram->numbers > SIZE_MAX / 4096 / gram->unit / gram->nodes)
         return pk__fail(gram->context, PK_OVERFLOW, "%s: the memory for this network overflows", gram->name);
     return PK_OK;
 }
@@ -22511,7 +25139,7 @@ enum { PK__OPERATION_TILES = 8 };
 static pk_status pk__gram_cut(pk__gram *gram, size_t x, size_t y, size_t *x_rows, size_t *y_rows)
 {
     pk_context *context = gram->context;
-    const size_t row = gram->numbers * sizeof(pk_real), unit = gram->unit,
+    const size_t row = gram->numbers * gram->nodes * sizeof(pk_real), unit = gram->unit,
                  used = context ? context->memory_used : 0;
     const size_t limit = context ? context->memory_limit : 0, other = 4096; /* what allocations add */
     const int whole = gram->symmetric && x <= unit;
@@ -22566,14 +25194,14 @@ static pk_status pk__gram_blocks(pk__gram *gram, pk__gram_side *x, pk__gram_side
         if (status)
             return status;
         x->rows = pk__min(x->capacity, rows - x->first);
-        pk__gram_fill(gram, x, whole && !x->first ? y : NULL);
+        pk__gram_fill_nodes(gram, x, whole && !x->first ? y : NULL);
         if (gram->symmetric || whole)
             status = pk__gram_pairs(gram, x, whole ? y : x);
         /* Of a symmetric kernel the blocks below the diagonal. */
         const size_t end = whole ? 0 : gram->symmetric ? x->first : columns;
         for (y->first = 0; !status && y->first < end; y->first += y->capacity) {
             y->rows = pk__min(y->capacity, end - y->first);
-            pk__gram_fill(gram, y, NULL);
+            pk__gram_fill_nodes(gram, y, NULL);
             status = pk__gram_pairs(gram, x, y);
         }
         y->first = 0;
@@ -22587,7 +25215,7 @@ static pk_status pk__gram_blocks(pk__gram *gram, pk__gram_side *x, pk__gram_side
 static pk_status pk__gram_run(pk__gram *gram, pk__gram_side *x, pk__gram_side *y)
 {
     pk_context *context = gram->context;
-    const size_t row = gram->numbers;
+    const size_t row = gram->numbers * gram->nodes;
     size_t pair = SIZE_MAX;
     pk_status status = pk__gram_cut(gram, x->inputs.rows, y->inputs.rows, &x->capacity, &y->capacity);
     /* Both sides at once: glibc gives back to the system, and takes anew page by page at the next call, what is larger than
@@ -22597,6 +25225,7 @@ static pk_status pk__gram_run(pk__gram *gram, pk__gram_side *x, pk__gram_side *y
             pk__allocate(context, x->capacity + y->capacity, row * sizeof(pk_real), 0, gram->name, &x->factors);
     if (!status && x->factors)
         y->factors = x->factors + x->capacity * row;
+    x->numbers = y->numbers = gram->numbers;
     if (!status)
         status = pk__allocate(context, (size_t)gram->threads, gram->lane_bytes, 0, gram->name, &gram->lanes);
     if (!status)
@@ -22645,8 +25274,9 @@ static pk_status pk__gram_check(pk__gram *gram, const pk__gram_rows_of *x, const
         return pk__fail(context, PK_OVERFLOW, "%s: %zu and %zu rows of %zu outputs overflow", gram->name,
                         x->rows.rows, y->rows.rows, gram->outputs);
     status = pk__sweep_matrix(context, gram->name, "entries of the result", gram->result, rows, columns);
-    const pk_matrix read[4] = {x->rows, y->rows, pk__as_row(x->weights, graph->parameters),
-                               pk__as_row(y->weights, graph->parameters)};
+    const pk_matrix read[4] = {x->rows, y->rows,
+                               pk__as_row(x->weights, graph->parameters * (x->moves ? gram->nodes : 1)),
+                               pk__as_row(y->weights, graph->parameters * (y->moves ? gram->nodes : 1))};
     return status ? status : pk__sweep_results(context, gram->name, 4, read, 1, &gram->result);
 }
 
@@ -22654,22 +25284,46 @@ static pk_status pk__gram_check(pk__gram *gram, const pk__gram_rows_of *x, const
 static pk_status pk__gram_spread(pk__gram *gram, pk__gram_side *sides, pk_real **memory)
 {
     const pk_graph *graph = gram->graph;
+    const size_t spread = graph->spread;
     pk_status status = PK_OK;
-    for (int s = 0; s < 2; s++) {
-        sides[s].weights = sides[s].of->weights;
-        sides[s].direction = sides[s].of->direction;
-    }
     if (graph->tied)
-        status = pk_allocate(gram->context, graph->spread, 4 * sizeof **memory, gram->name, memory);
-    for (int s = 0; !status && graph->tied && s < 2; s++) {
-        pk_real *own = *memory + (size_t)(2 * s) * graph->spread;
-        pk_graph_spread(graph, sides[s].weights, own);
-        sides[s].weights = own;
-        if (sides[s].direction) {
-            pk_graph_spread(graph, sides[s].direction, own + graph->spread);
-            sides[s].direction = own + graph->spread;
+        status = pk_allocate(gram->context, spread, 2 * (gram->nodes + 1) * sizeof **memory, gram->name, memory);
+    for (int s = 0; s < 2; s++) {
+        pk__gram_side *side = &sides[s];
+        side->weights = side->of->weights;
+        side->direction = side->of->direction;
+        side->nodes = side->of->moves ? gram->nodes : 1;
+        if (status || !graph->tied)
+            continue;
+        pk_real *own = *memory + (size_t)s * (gram->nodes + 1) * spread;
+        for (size_t q = 0; q < side->nodes; q++)
+            pk_graph_spread(graph, side->weights + q * graph->parameters, own + q * spread);
+        side->weights = own;
+        if (side->direction) {
+            pk_graph_spread(graph, side->direction, own + gram->nodes * spread);
+            side->direction = own + gram->nodes * spread;
         }
     }
+    return status;
+}
+
+/* Constants of the layers, and what slopes are multiplied with; *memory is released by the caller. */
+static pk_status pk__gram_constants(pk__gram *gram, pk_real **memory)
+{
+    const size_t square = gram->kept * gram->kept, C = gram->outputs, nodes = gram->nodes;
+    pk_status status = PK_OK;
+    pk__arena arena = {NULL, 0, 0, 0};
+    do
+        for (size_t l = 0; l < gram->layers; l++) {
+            pk__gram_layer *layer = &gram->layer[l];
+            const size_t depth = layer->form == PK__GRAM_SLOPES ? layer->depth * nodes : 0;
+            layer->constant = pk__arena_take(&arena, square, sizeof(pk_real));
+            for (int s = 0; s < 2; s++)
+                layer->seen[s] = pk__arena_take(&arena, depth, C * sizeof(pk_real));
+            layer->factor = pk__arena_take(&arena, depth, gram->terms * sizeof(pk_real));
+        }
+    while (pk__arena_again(gram->context, &arena, gram->name, &status));
+    *memory = (pk_real *)(void *)arena.base;
     return status;
 }
 
@@ -22681,6 +25335,7 @@ PK__INTERNAL pk_status pk__gram_compute(pk_context *context, const pk__gram_requ
     pk__gram gram;
     pk__gram_side sides[2];
     pk_real *constants = NULL, *spread = NULL;
+    const double one = 1;
     memset(&gram, 0, sizeof gram);
     memset(sides, 0, sizeof sides);
     gram.symmetric = !right;
@@ -22689,7 +25344,14 @@ PK__INTERNAL pk_status pk__gram_compute(pk_context *context, const pk__gram_requ
     gram.context = context;
     gram.graph = graph;
     gram.criterion = request->criterion;
-    gram.two_points = left->weights != right->weights || left->direction || right->direction;
+    gram.nodes = request->nodes ? request->nodes : 1;
+    gram.node_weight = request->nodes ? request->node_weight : &one;
+    for (size_t q = 0; q < gram.nodes; q++)
+        gram.weight_sum += gram.node_weight[q];
+    gram.two_points = left->weights != right->weights || left->moves != right->moves || left->direction ||
+                      right->direction;
+    gram.terms = left->direction || right->direction ? 2 : 1;
+    gram.slopes = request->summed && left->seeds == PK__SEEDS_UNITS && right->seeds == PK__SEEDS_UNITS;
     gram.uniform = left->seeds <= PK__SEEDS_ONE && left->seeds == right->seeds && left->output == right->output;
     gram.result = result;
     gram.kept = (size_t)request->summed;
@@ -22706,12 +25368,9 @@ PK__INTERNAL pk_status pk__gram_compute(pk_context *context, const pk__gram_requ
     }
     status = pk_allocate(context, graph->layers, sizeof *gram.layer, gram.name, &gram.layer);
     if (!status)
-        status = pk_allocate(context, graph->layers, gram.kept * gram.kept * sizeof *constants, gram.name,
-                             &constants);
-    if (!status)
         status = pk__gram_plan(&gram, left->rows.rows, right->rows.rows);
-    for (size_t l = 0; !status && l < graph->layers; l++)
-        gram.layer[l].constant = constants + l * gram.kept * gram.kept;
+    if (!status)
+        status = pk__gram_constants(&gram, &constants);
     sides[0].of = left;
     sides[0].inputs = left->rows;
     sides[0].leads = 1;
@@ -22766,14 +25425,6 @@ static size_t pk__reverse_points(const pk_graph *graph, size_t points, size_t ou
         if (graph->nodes[n].varies)
             numbers += graph->nodes[n].width;
     return pk__max(1, pk__min(points, ((size_t)1 << 21) / numbers / pk__max(outputs, 1)));
-}
-
-/* The last layer where only an elementwise operation stands between it and node. */
-static const pk_node *pk__last_behind(const pk_graph *graph, const pk_node *node)
-{
-    const pk_node *between = pk__only_reader(graph, node);
-    const pk_node *head = between && between->operation->elementwise ? pk__only_reader(graph, between) : NULL;
-    return head && head->cotangent_constant && pk__is_outer(head) ? head : NULL;
 }
 
 static pk__layer_kind pk__layer_kind_of(const pk_node *node, const pk_readout *readout, int bounds,
@@ -23122,6 +25773,7 @@ PK__PRIVATE const pk__points *pk__sort_points(pk__integral *integral, const pk__
     pk__points *to = &integral->sorted;
     to->count = 0;
     to->last = points->last;
+    to->means = points->means;
     for (size_t r = 0; r < integral->rows; r++)
         for (size_t p = 0; p < points->count; p++) {
             if (points->row[p] != r)
@@ -23130,6 +25782,8 @@ PK__PRIVATE const pk__points *pk__sort_points(pk__integral *integral, const pk__
             to->row[at] = r;
             to->t[at] = points->t[p];
             to->weight[at] = points->weight[p];
+            to->from[at] = points->from[p];
+            to->to[at] = points->to[p];
             if (points->check) {
                 to->check[at] = points->check[p];
                 to->slack[at] = points->slack[p];
@@ -23277,9 +25931,13 @@ PK__INTERNAL int pk__integral_next(pk__integral *integral, const pk__points **po
     const size_t first = integral->taken, left = integral->batch->count - first;
     *part = *integral->batch;
     part->count = pk__min(integral->reverse_points, left);
+    if (part->means) /* with the ends of their stretches */
+        part->count = pk__min(part->count, pk__max(integral->integrator.path.point_capacity / 3, 1));
     part->row += first;
     part->t += first;
     part->weight += first;
+    part->from += first;
+    part->to += first;
     if (part->check) {
         part->check += first;
         part->slack += first;
@@ -23299,7 +25957,14 @@ PK__INTERNAL void pk__integral_pass(pk__integral *integral, const pk__points *po
     const size_t outputs = integral->outputs, classes = integral->graph->output_width;
     if (!points->count)
         return;
-    pk__path_forward(path, points->count, points->row, points->t);
+    if (points->means) {
+        const size_t all =
+            pk__path_stretches(path, points->count, points->row, points->t, points->from, points->to);
+        pk__path_forward(path, all, path->point_row, path->point_t);
+    } else {
+        pk__path_forward(path, points->count, points->row, points->t);
+    }
+    pk__path_use_means(path, points->means);
     for (size_t p = 0; p < points->count; p++)
         pk__readout_apply(readout, classes, integral->integrator.first_row + points->row[p],
                           pk__pass_output(&path->tape) + p * classes, integral->integrator.h,
@@ -23751,7 +26416,10 @@ static void pk__slopes_between(pk__product *product, size_t layer, const pk__poi
     pk__pass_call(tape, between, points->count, 1, &call);
     call.out_cotangent = weights;
     call.in_cotangent[0] = slopes;
-    between->operation->reverse(&call);
+    if (tape->from && pk__has_mean_slopes(between))
+        pk__mean_reverse(tape, &call);
+    else
+        between->operation->reverse(&call);
     for (size_t p = 0; p < points->count; p++)
         for (size_t i = 0; i < out; i++) {
             product->slopes[p * 2 * out + i] = slopes[p * out + i];
@@ -24487,44 +27155,38 @@ static void pk__name_tensors(pk_decomposition *out)
 
 PK_API void pk_decomposition_release(pk_context *context, pk_decomposition *decomposition)
 {
-    pk_release(context, decomposition->initial); /* the six of rows x outputs are one piece */
-    for (size_t i = 0; i < decomposition->kept_count; i++)
-        pk_release(context, decomposition->kept[i].data);
-    pk_release(context, decomposition->bounds);
-    pk_release(context, decomposition->step_closure);
+    pk_release(context, decomposition->initial); /* where the memory of all results begins */
     memset(decomposition, 0, sizeof *decomposition);
 }
 
-static void pk__split_six(double *memory, size_t cells, pk_decomposition *out)
+/* Each of the arrays of rows x outputs. */
+enum { PK__RESULT_VECTORS = 7 };
+static double **pk__result_vector(pk_decomposition *out, size_t index)
 {
-    out->initial = memory;
-    out->final = memory ? memory + cells : NULL;
-    out->data = memory ? memory + 2 * cells : NULL;
-    out->decay = memory ? memory + 3 * cells : NULL;
-    out->unattributed = memory ? memory + 4 * cells : NULL;
-    out->closure = memory ? memory + 5 * cells : NULL;
+    double **const vectors[PK__RESULT_VECTORS] = {&out->initial, &out->final,     &out->data,
+                                                  &out->decay,   &out->inherited, &out->unattributed,
+                                                  &out->closure};
+    return vectors[index];
 }
 
-/* Arrays for out->rows rows. */
+/* Arrays for out->rows rows, one piece of memory that begins with out->initial, which is never empty. */
 PK__PRIVATE pk_status pk__allocate_results(pk_context *context, const pk_decompose_options *options,
                                            pk_decomposition *out)
 {
-    double *memory = NULL;
-    size_t cells = out->rows * out->outputs;
-    pk_status status = pk_allocate(context, cells, 6 * sizeof *memory, "the results", &memory);
-    pk__split_six(memory, cells, out);
-    for (size_t i = 0; !status && i < out->kept_count; i++) {
-        size_t count = 0;
+    const size_t cells = out->rows * out->outputs, row = out->rows * sizeof(double);
+    pk_status status;
+    pk__arena arena = {NULL, 0, 0, 0};
+    do {
+        for (size_t i = 0; i < PK__RESULT_VECTORS; i++)
+            *pk__result_vector(out, i) = pk__arena_take(&arena, cells, sizeof(double));
+        for (size_t i = 0; i < out->kept_count; i++)
+            out->kept[i].data = pk__arena_take(&arena, out->kept[i].row_items, row);
+        out->bounds = pk__arena_take(&arena, options->bounds ? cells : 0, out->examples * sizeof(double));
+        out->step_closure =
+            pk__arena_take(&arena, options->step_closure ? cells : 0, out->steps * sizeof(double));
+    } while (pk__arena_again(context, &arena, "the results", &status));
+    for (size_t i = 0; i < out->kept_count; i++)
         out->kept[i].shape[0] = out->rows;
-        status = pk__multiply(out->rows, out->kept[i].row_items, &count)
-                     ? pk_allocate(context, count, sizeof(double), "a kept tensor", &out->kept[i].data)
-                     : pk__fail(context, PK_OVERFLOW, "the size of a kept tensor overflows");
-    }
-    if (!status && options->bounds)
-        status = pk_allocate(context, cells, out->examples * sizeof(double), "the bounds", &out->bounds);
-    if (!status && options->step_closure)
-        status =
-            pk_allocate(context, cells, out->steps * sizeof(double), "the closure by step", &out->step_closure);
     pk__name_tensors(out);
     return status;
 }
@@ -24536,12 +27198,8 @@ PK__PRIVATE void pk__view_rows(const pk_decomposition *whole, size_t first, size
     *part = *whole;
     part->first_row = first;
     part->rows = rows;
-    part->initial += cell;
-    part->final += cell;
-    part->data += cell;
-    part->decay += cell;
-    part->unattributed += cell;
-    part->closure += cell;
+    for (size_t i = 0; i < PK__RESULT_VECTORS; i++)
+        *pk__result_vector(part, i) += cell;
     for (size_t i = 0; i < part->kept_count; i++) {
         part->kept[i].shape[0] = rows;
         if (part->kept[i].data)
@@ -24591,6 +27249,7 @@ PK__INTERNAL void pk__steps_begin(const pk_run *run, pk__window *window)
     window->adaptive = form.preconditioned;
     window->preconditioned = form.preconditioned || run->groups.count;
     window->decoupled = pk__optimizer_decoupled(&run->optimizer);
+    window->inherited = NULL;
     window->moments = pk__groups_moments(&run->optimizer, &run->groups);
 }
 
@@ -24607,7 +27266,7 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     window->capacity = capacity;
     window->windows = pk__blocks(window->run->steps, capacity);
     window->threads = threads;
-    window->stride = window->state_vectors && window->windows ? stride : 0;
+    window->stride = window->state_vectors + window->average_vectors && window->windows ? stride : 0;
     window->spare = window->stride ? spare : 0;
     window->advanced = 0;
     window->bounds = bounds;
@@ -24629,6 +27288,9 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     window->use_remainder = window->remainder;
     window->use_preconditioner = window->preconditioner;
     window->use_preconditioner_error = window->preconditioner_error;
+    const int averaged = window->average != NULL;
+    window->path_weights = averaged ? pk__arena_take(arena, all, real) : window->weights;
+    window->path_direction = averaged ? pk__arena_take(arena, all, real) : window->direction;
     if (graph->tied) {
         window->use_weights = pk__arena_take(arena, spread, real);
         window->use_direction = pk__arena_take(arena, spread, real);
@@ -24636,15 +27298,26 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
         window->use_preconditioner = window->preconditioned ? pk__arena_take(arena, spread, real) : NULL;
         window->use_preconditioner_error = window->states == 3 ? pk__arena_take(arena, spread, real) : NULL;
     }
-    const size_t states = window->states * window->state_vectors;
-    window->state = pk__arena_take(arena, states, P * real);
-    pk__checkpoints_take(arena, window->windows, window->stride, window->spare, states * P,
+    window->use_path_weights = averaged ? window->path_weights : window->use_weights;
+    window->use_path_direction = averaged ? window->path_direction : window->use_direction;
+    if (graph->tied && averaged) {
+        window->use_path_weights = pk__arena_take(arena, spread, real);
+        window->use_path_direction = pk__arena_take(arena, spread, real);
+    }
+    const int inherits = window->run->initial_state.data != NULL;
+    window->inherited = inherits ? pk__arena_take(arena, P, real) : NULL;
+    window->use_inherited =
+        graph->tied && inherits ? pk__arena_take(arena, window->spread, real) : window->inherited;
+    const size_t vectors = window->states * window->state_vectors + window->average_vectors;
+    window->state = pk__arena_take(arena, vectors, P * real);
+    pk__checkpoints_take(arena, window->windows, window->stride, window->spare, vectors * P,
                          &window->checkpoints);
     window->update = pk__arena_take(arena, threads, PK__STATE_PART * real);
     window->forms = pk__arena_take(arena, capacity, window->form_count * sizeof *window->forms);
-    window->decayed = window->form_count > 1 ? pk__arena_take(arena, capacity, P * real) : NULL;
+    const int decays = window->form_count > 1 || (averaged && window->decoupled);
+    window->decayed = decays ? pk__arena_take(arena, capacity, P * real) : NULL;
     window->use_decayed = window->decayed;
-    if (graph->tied && window->form_count > 1)
+    if (graph->tied && decays)
         window->use_decayed = pk__arena_take(arena, spread, real);
     window->batches = pk__arena_take(arena, capacity, sizeof *window->batches);
     window->examples = pk__arena_take(arena, capacity, sizeof(pk__examples));
@@ -24683,6 +27356,19 @@ PK__INTERNAL int pk__is_chosen(size_t steps, size_t chosen, size_t step)
     return 0;
 }
 
+/* Transposes the weights and directions of the test rows in step number j, where a pass wants them so. */
+static void pk__transpose_path(pk__window *window, size_t j)
+{
+    const size_t U = window->spread;
+    const pk_graph *graph = &window->run->graph;
+    const pk__approximation *own = window->approximation;
+    if (!window->transposed)
+        return;
+    pk_real *to = window->transposed + j * 2 * U;
+    pk__pass_transpose(graph, own && own->weights ? own->weights : window->use_path_weights + j * U, to);
+    pk__pass_transpose(graph, window->use_path_direction + j * U, to + U);
+}
+
 static pk_status pk__load_window(pk_context *context, pk__window *window, int advance)
 {
     const size_t P = window->parameters, U = window->spread;
@@ -24707,12 +27393,8 @@ static pk_status pk__load_window(pk_context *context, pk__window *window, int ad
                 pk_graph_spread(graph, window->direction + j * P, window->use_direction + j * U);
         }
         from = window->use_weights + j * U;
-        if (!advance && window->transposed) {
-            pk_real *to = window->transposed + j * 2 * U;
-            const pk__approximation *own = window->approximation;
-            pk__pass_transpose(graph, own && own->weights ? own->weights : from, to);
-            pk__pass_transpose(graph, window->use_direction + j * U, to + U);
-        }
+        if (!advance && !window->average)
+            pk__transpose_path(window, j);
         pk_run_batch(window->run, window->first + j, &window->batches[j]);
         pk__examples_begin(&window->examples[j], &window->batches[j]);
         if (window->magnitudes) {
@@ -24913,6 +27595,38 @@ static void pk__perturb_update(pk__window *window, size_t j, int advance)
     }
 }
 
+/* The vectors of the average, P numbers each. */
+static pk_real *pk__average_state(const pk__window *window)
+{
+    return window->state + window->states * window->state_vectors * window->parameters;
+}
+
+/* The average along the window's steps, of count parameters from first on: its path, and the parts of it that are the remainder's
+ * and decoupled decay's (run/average.h). */
+static void pk__average_steps(pk__window *window, size_t first, size_t count)
+{
+    const size_t P = window->parameters;
+    pk_real *mean = pk__average_state(window) + first;
+    for (size_t j = 0; j < window->count; j++) {
+        const size_t at = j * P + first;
+        const double c = pk_average_weight(window->average, window->first + j);
+        pk_real *due[2] = {window->remainder + at, window->decoupled ? window->decayed + at : NULL};
+        memcpy(window->path_weights + at, mean, count * sizeof *mean);
+        pk__average_update(c, count, window->weights + at + P, mean, window->path_direction + at);
+        if (due[1] && window->form_count == 1)
+            for (size_t i = 0; i < count; i++)
+                due[1][i] = (pk_real)(window->forms[j].decoupled * window->weights[at + i]);
+        for (size_t k = 0; k < 2 && due[k]; k++) {
+            pk_real *lag = mean + (k + 1) * P;
+            for (size_t i = 0; i < count; i++) {
+                const double sum = (double)lag[i] + due[k][i];
+                due[k][i] = (pk_real)(c * sum);
+                lag[i] = (pk_real)((1 - c) * sum);
+            }
+        }
+    }
+}
+
 /* Copies the remainder, the preconditioner and its error to each use of a tied tensor. */
 static void pk__spread_updates(pk__window *window)
 {
@@ -24928,6 +27642,10 @@ static void pk__spread_updates(pk__window *window)
                             window->use_preconditioner_error + j * window->uses_pitch);
         if (window->decayed)
             pk_graph_spread(graph, window->decayed + j * P, window->use_decayed + j * U);
+        if (!window->average)
+            continue;
+        pk_graph_spread(graph, window->path_weights + j * P, window->use_path_weights + j * U);
+        pk_graph_spread(graph, window->path_direction + j * P, window->use_path_direction + j * U);
     }
 }
 
@@ -24971,8 +27689,23 @@ static pk_status pk__prepare_window(pk_context *context, pk__window *window, siz
     pk__team_end(&team);
     for (size_t j = 0; window->states == 3 && j < count; j++)
         pk__perturb_update(window, j, advance);
+    if (window->average) {
+        team = pk__team_of(context, worth ? (int)window->threads : 1, parts);
+        PK__PARALLEL(team)
+        for (size_t part = pk__first_task(&team); part < parts; part = pk__next_task(&team))
+            pk__average_steps(window, part * PK__STATE_PART,
+                              pk__min(PK__STATE_PART, P - part * PK__STATE_PART));
+        pk__team_end(&team);
+    }
     if (!advance && window->run->graph.tied)
         pk__spread_updates(window);
+    if (window->average) {
+        team = pk__team_of(context, worth ? (int)window->threads : 1, count);
+        PK__PARALLEL(team)
+        for (size_t j = pk__first_task(&team); j < count; j = pk__next_task(&team))
+            pk__transpose_path(window, j);
+        pk__team_end(&team);
+    }
     if (!advance && window->moved_weights)
         pk__move_examples(context, window);
     window->seconds_read += pk__seconds() - start;
@@ -24984,25 +27717,77 @@ PK__INTERNAL pk_status pk__steps_prepare(pk_context *context, pk__window *window
     return pk__prepare_window(context, window, first, count, 0);
 }
 
-/* From the state before window number index to the one behind it. */
+/* From the state before window number index to the one behind it. An average takes whole steps, as their remainder and decay
+ * are parts of it. */
 static pk_status pk__advance_window(pk_context *context, pk__window *window, size_t index)
 {
     const size_t first = index * window->capacity;
     window->advanced++;
-    return pk__prepare_window(context, window, first, pk__min(window->capacity, window->run->steps - first), 1);
+    return pk__prepare_window(context, window, first, pk__min(window->capacity, window->run->steps - first),
+                              !window->average);
 }
 
 static size_t pk__state_bytes(const pk__window *window)
 {
-    return window->states * window->state_vectors * window->parameters * sizeof(pk_real);
+    return (window->states * window->state_vectors + window->average_vectors) * window->parameters *
+           sizeof(pk_real);
+}
+
+/* The state before step 0: zeros, or what the run begins with; an average starts as w_0. */
+static pk_status pk__first_state(pk_context *context, pk__window *window)
+{
+    const pk_run *run = window->run;
+    const size_t P = window->parameters, vectors = window->state_vectors;
+    pk_status status = PK_OK;
+    memset(window->state, 0, pk__state_bytes(window));
+    for (size_t first = 0; run->initial_state.data && first < P; first += PK__STATE_PART) {
+        const size_t count = pk__min(PK__STATE_PART, P - first);
+        for (size_t v = 0; !status && v < vectors; v++)
+            status = pk_array_read(context, &run->initial_state, v * P + first, count,
+                                   window->state + vectors * first + v * count);
+    }
+    for (size_t k = 1; run->initial_state.data && !status && k < window->states; k++)
+        status = pk_array_read(context, &run->initial_state, 0, vectors * P, window->state + k * vectors * P);
+    if (status)
+        return pk__prefix(context, status, "initial_state.npy ");
+    return window->average ? pk_replay_weights(context, &window->replay, 0, pk__average_state(window)) : PK_OK;
+}
+
+/* window->inherited: see there. */
+static pk_status pk__read_inherited(pk_context *context, pk__window *window)
+{
+    const pk_run *run = window->run;
+    const size_t P = window->parameters;
+    const pk_parameter_range all = {0, P, 0};
+    const pk_parameter_range *ranges = run->groups.range_count ? run->groups.range : &all;
+    pk_status status = PK_OK;
+    pk__window_forms(window, 0, window->forms);
+    for (size_t r = 0; !status && r < pk__max(run->groups.range_count, 1); r++) {
+        const pk_linear_form *form = &window->forms[ranges[r].group];
+        const size_t vector =
+            pk__optimizer_momentum(pk__group_optimizer(&run->optimizer, &run->groups, ranges[r].group));
+        const double factor = form->negated ? -form->carry : form->carry; /* m is the optimizer's */
+        pk_real *to = window->inherited + ranges[r].first;
+        memset(to, 0, ranges[r].count * sizeof *to);
+        if (factor == 0 || vector == SIZE_MAX)
+            continue;
+        status = pk_array_read(context, &run->initial_state, vector * P + ranges[r].first, ranges[r].count, to);
+        for (size_t i = 0; !status && i < ranges[r].count; i++)
+            to[i] = (pk_real)(factor * to[i]);
+    }
+    if (!status && run->graph.tied)
+        pk_graph_spread(&run->graph, window->inherited, window->use_inherited);
+    return pk__prefix(context, status, "initial_state.npy ");
 }
 
 PK__INTERNAL pk_status pk__steps_save_states(pk_context *context, pk__window *window)
 {
     const size_t last = window->checkpoints.fixed * window->stride;
-    memset(window->state, 0, pk__state_bytes(window));
-    for (size_t w = 0; w < last; w++) {
-        pk_status status = pk__progress(context, "recomputing the optimiser's state", (double)w / (double)last);
+    pk_status status = window->inherited ? pk__read_inherited(context, window) : PK_OK;
+    if (!status)
+        status = pk__first_state(context, window);
+    for (size_t w = 0; !status && w < last; w++) {
+        status = pk__progress(context, "recomputing the optimiser's state", (double)w / (double)last);
         if (!status)
             status = pk__advance_window(context, window, w);
         if (status)
@@ -25011,7 +27796,7 @@ PK__INTERNAL pk_status pk__steps_save_states(pk_context *context, pk__window *wi
         if (kept)
             memcpy(kept, window->state, pk__state_bytes(window));
     }
-    return PK_OK;
+    return status;
 }
 
 /* The state before window number index: from the nearest one that is there, leaving spare ones on the way. */
@@ -25020,14 +27805,17 @@ static pk_status pk__find_state(pk_context *context, pk__window *window, size_t 
     pk__checkpoints *checkpoints = &window->checkpoints;
     const pk_real *nearest;
     size_t from = pk__checkpoints_find(checkpoints, 0, index, &nearest);
+    pk_status status = PK_OK;
     if (nearest)
         memcpy(window->state, nearest, pk__state_bytes(window));
     else
-        memset(window->state, 0, pk__state_bytes(window));
+        status = pk__first_state(context, window);
+    if (status)
+        return status;
     while (from < index) {
         const size_t next = pk__checkpoints_next(checkpoints, from, index, 1);
         for (; from < next; from++) {
-            pk_status status = pk__advance_window(context, window, from);
+            status = pk__advance_window(context, window, from);
             if (status)
                 return status;
         }
@@ -25086,6 +27874,7 @@ typedef struct pk__job {
     const pk_graph *graph;
     pk_quadrature quadrature;
     double tolerance, target;
+    double whole_target, whole_least; /* of steps whose kinks are not looked for; see pk__integrator */
     double unattributed; /* the limit, known with the last weights */
     size_t outputs, block, unit;
     int reverse, decays;
@@ -25097,7 +27886,6 @@ typedef struct pk__job {
     double gauss_nodes[PK_GAUSS_NODES * (PK_GAUSS_NODES + 1) / 2],
         gauss_weights[PK_GAUSS_NODES * (PK_GAUSS_NODES + 1) / 2];
     pk_plan plan;
-    unsigned char *memory;
     /* In the arena: */
     pk_real *rows; /* plan.rows x inputs, packed */
     pk_real *gram; /* plan.rows x gram_ld */
@@ -25105,6 +27893,8 @@ typedef struct pk__job {
     size_t *state_at;       /* layers + 1: numbers of R of an output before a layer's; whole cache lines */
     pk_real *reverse_state; /* plan.rows x plan.outputs x state_at[layers]: R */
     pk_real *reverse_error; /* the same: a bound on the error of R */
+    /* With an average of the weights, the same of T (run/average.h); the average's last weights, P. */
+    pk_real *average_state, *average_error, *average_weights;
     pk__block_state *blocks;
     pk__row_state *row_state; /* plan.rows */
     double *variation;        /* plan.rows x outputs: sum over the steps of |< Phi_s, D_s >| */
@@ -25147,10 +27937,15 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk__arena *arena)
             arena->overflow = 1;
         else
             job->reverse_state = pk__arena_take(arena, rows, per_row * real);
-        job->reverse_error = NULL;
+        job->reverse_error = job->average_state = job->average_error = NULL;
         if (!arena->overflow && job->options->bounds)
             job->reverse_error = pk__arena_take(arena, rows, per_row * real);
+        if (!arena->overflow && job->window.average)
+            job->average_state = pk__arena_take(arena, rows, per_row * real);
+        if (!arena->overflow && job->window.average && job->options->bounds)
+            job->average_error = pk__arena_take(arena, rows, per_row * real);
     }
+    job->average_weights = pk__arena_take(arena, job->window.average ? graph->parameters : 0, real);
     job->blocks = pk__arena_take(arena, pk__blocks(rows, job->block), sizeof *job->blocks);
     job->row_state = pk__arena_take(arena, rows, sizeof *job->row_state);
     job->variation = pk__arena_take(arena, rows, job->outputs * sizeof *job->variation);
@@ -25182,13 +27977,15 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk__arena *arena)
         worker->integral.integrator.gauss_weights = job->gauss_weights;
         worker->integral.integrator.quadrature = job->quadrature;
         worker->integral.integrator.target = job->target;
+        worker->integral.integrator.whole_target = job->whole_target;
+        worker->integral.integrator.whole_least = job->whole_least;
     }
 }
 
 /* Numbers of result per row, in bytes. */
 PK__PRIVATE size_t pk__result_bytes(const pk_decomposition *out, const pk_decompose_options *options)
 {
-    size_t items = 6 * out->outputs;
+    size_t items = PK__RESULT_VECTORS * out->outputs;
     for (size_t i = 0; i < out->kept_count; i++)
         items += out->kept[i].row_items;
     items += options->bounds ? out->outputs * out->examples : 0;
@@ -25217,6 +28014,10 @@ static const double pk__advance_seconds = 2e-9; /* the same where only the optim
 static const double pk__state_seconds = 1.3e-9; /* a number of R and step */
 static const double pk__usual_points = 5;       /* quadrature nodes per row and step, about */
 
+/* The error that a step may have whose kinks are not looked for, as a part of the tolerance: single contributions differ by more
+ * than their sum, which is what is measured. */
+#define PK__WHOLE_PART (1.0 / 32)
+
 /* How much longer a number of equal tasks takes than if they were spread evenly over the threads. */
 static double pk__idle(size_t tasks, size_t threads)
 {
@@ -25239,7 +28040,7 @@ static void pk__plan_cost(const pk__job *job, size_t rows, pk_plan *plan)
         const pk_node *node = pk_graph_layer(&run->graph, l);
         widths += (double)node->width + (double)pk__layer_input(&run->graph, node)->width / outputs;
     }
-    if (plan->stride && job->window.state_vectors && windows) {
+    if (plan->stride && job->window.state_vectors + job->window.average_vectors && windows) {
         const size_t kept = (windows - 1) / plan->stride, last = windows - kept * plan->stride;
         again = ((double)kept * pk__checkpoints_again(plan->stride, plan->spare) +
                  pk__checkpoints_again(last, plan->spare)) /
@@ -25263,7 +28064,8 @@ static void pk__plan_cost(const pk__job *job, size_t rows, pk_plan *plan)
     plan->seconds_again = ((passes - 1) * visit + (saved + passes * again) * advance) / threads;
     plan->seconds_test = (double)slices * all_rows * steps * P * (4 + 6 * pk__usual_points) * pk__flop_seconds;
     if (job->reverse)
-        plan->seconds_test += all_rows * steps * P * outputs * pk__state_seconds * factor;
+        plan->seconds_test +=
+            all_rows * steps * P * outputs * pk__state_seconds * factor * (job->window.average ? 2 : 1);
     plan->seconds_test *= idle / threads;
     plan->seconds_contraction = plan->contraction_flops * pk__flop_seconds * idle / threads;
     plan->seconds =
@@ -25303,7 +28105,9 @@ static size_t pk__next_size(size_t size, size_t last)
 static void pk__choose_states(pk__job *job, pk__choice *choice, pk_plan *plan)
 {
     const size_t windows = pk__blocks(pk__max(job->run->steps, 1), plan->window);
-    const size_t vectors = job->reverse ? job->window.state_vectors : 0;
+    const size_t vectors = !job->reverse ? 0
+                                         : job->window.state_vectors * (job->options->bounds ? 3 : 1) +
+                                               job->window.average_vectors;
     plan->stride = 1;
     plan->spare = 0;
     if (!vectors || windows == 1) {
@@ -25321,8 +28125,7 @@ static void pk__choose_states(pk__job *job, pk__choice *choice, pk_plan *plan)
     if (!pk__consider(job, choice, plan))
         return;
     size_t state = 0;
-    if (!pk__multiply(vectors * (job->options->bounds ? 3 : 1), job->graph->parameters * sizeof(pk_real),
-                      &state))
+    if (!pk__multiply(vectors, job->graph->parameters * sizeof(pk_real), &state))
         return;
     size_t states = fewest;
     plan->bytes = pk__plan_bytes(job, plan, choice->rows, choice->row_bytes, choice->by_pass);
@@ -25449,12 +28252,19 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     job->tolerance = options->tolerance > 0 ? options->tolerance : PK_TOLERANCE;
     /* Closures of the steps add up at random: leave them a margin, so that the sum is far inside. */
     job->target = 1e-3 * job->tolerance / sqrt((double)pk__max(run->steps, 1));
+    if (job->tolerance > PK_TOLERANCE) {
+        job->whole_target = PK__WHOLE_PART * job->tolerance;
+        job->whole_least = job->whole_target / sqrt((double)pk__max(run->steps, 1));
+    }
     pk__gauss_table(job->gauss_nodes, job->gauss_weights);
     pk__steps_begin(run, &job->window);
     job->window.approximation = options->approximation;
+    job->window.average = options->average.kind ? &options->average : NULL;
+    job->window.average_vectors = !job->window.average ? 0 : 2 + (job->window.decoupled != 0);
     const size_t rows = options->approximation ? options->approximation->rows : 0;
     job->grouped = run->groups.count > 0;
-    job->reverse = options->reverse_time || job->window.state_vectors > 0 || job->grouped;
+    job->reverse =
+        options->reverse_time || job->window.state_vectors > 0 || job->grouped || job->window.average != NULL;
     pk_linear_form form;
     pk_optimizer_linear_form(&run->optimizer, 0, 1, run->graph.parameters, NULL, &form, NULL);
     job->reverse |= form.preconditioned;
@@ -25643,6 +28453,26 @@ PK__PRIVATE void pk__advance_state(const pk__job *job, const pk__part *part, con
     }
 }
 
+/* The weight c_s of step number j of the window in the average; 1 where there is none. */
+PK__PRIVATE double pk__step_average(const pk__job *job, size_t j)
+{
+    return job->window.average ? pk_average_weight(job->window.average, job->window.first + j) : 1;
+}
+
+/* T of a part a step back, from Phi, which is replaced by it. */
+PK__PRIVATE void pk__advance_average(const pk__worker *worker, const pk__part *part, size_t j,
+                                     pk__phi_view *phi, pk_real *state)
+{
+    const double c = pk__step_average(worker->job, j);
+    pk_linear_form form;
+    memset(&form, 0, sizeof form);
+    form.enter = c;
+    form.rate = 1;
+    if (c != 0)
+        pk__advance_range(part, 0, part->matrix + part->bias, &form, 1 - c, NULL, phi, state, NULL);
+    *phi = (pk__phi_view){state, state + part->count * part->matrix, NULL, NULL, 0};
+}
+
 /* < e_k, v > for e laid out like Phi of a part and v like the layer's weights. */
 PK__PRIVATE double pk__dot_part(const pk__part *part, size_t k, const pk_real *e, const pk_real *v)
 {
@@ -25702,6 +28532,23 @@ static void pk__bound_part(pk__worker *worker, const pk__part *part, size_t j, c
     worker->product.examples = &job->window.examples[j];
 }
 
+/* error: a bound on that of Phi of a part; with an average of that of T, which takes it as T takes Phi. */
+static void pk__average_error(pk__worker *worker, const pk__part *part, size_t j, pk_real *error)
+{
+    const pk__job *job = worker->job;
+    const size_t numbers = part->count * part->node->weight_count;
+    const double c = pk__step_average(job, j);
+    if (c != 0)
+        pk__integral_row_error(&worker->integral, part->layer, part->row, part->first, part->count, error);
+    if (!job->average_error)
+        return;
+    pk_real *mean = job->average_error + pk__state_place(worker, part);
+    for (size_t i = 0; i < numbers; i++) {
+        mean[i] = c != 0 ? (pk_real)((1 - c) * mean[i] + c * error[i]) : mean[i];
+        error[i] = mean[i];
+    }
+}
+
 /* The bounds of a part whose phi stands in the worker's memory; next: forms of the step behind; p: as for
  * pk__advance_state. */
 PK__PRIVATE void pk__bound_materialized(pk__worker *worker, const pk__part *part, size_t j,
@@ -25716,7 +28563,7 @@ PK__PRIVATE void pk__bound_materialized(pk__worker *worker, const pk__part *part
             ? window->use_preconditioner_error + j * window->uses_pitch + part->node->weight_offset
             : NULL;
     pk_real *error = worker->effective;
-    pk__integral_row_error(&worker->integral, part->layer, part->row, part->first, part->count, error);
+    pk__average_error(worker, part, j, error);
     if (job->reverse) {
         if (slack) {
             /* |error of p Phi| <= |p| (|error of Phi| + |error of p| / |p| |Phi|). */
@@ -25805,6 +28652,7 @@ static pk__row_scale pk__scale_of_row(const pk__job *job, size_t row)
     double largest = pk__largest(outputs, job->variation + first, 0);
     largest = pk__largest(outputs, part->data + first, largest);
     largest = pk__largest(outputs, part->decay + first, largest);
+    largest = pk__largest(outputs, part->inherited + first, largest);
     largest = pk__largest(outputs, part->unattributed + first, largest);
     for (size_t k = 0; k < part->kept_count; k++) {
         const size_t items = part->kept[k].row_items;
@@ -25820,8 +28668,8 @@ static void pk__certify_row(pk__job *job, size_t row)
     pk_decomposition *part = job->part;
     const size_t outputs = part->outputs, first = row * outputs, entries = outputs * part->examples;
     for (size_t i = first; i < first + outputs; i++)
-        part->closure[i] =
-            part->final[i] - part->initial[i] - part->data[i] - part->decay[i] - part->unattributed[i];
+        part->closure[i] = part->final[i] - part->initial[i] - part->data[i] - part->decay[i] -
+                           part->unattributed[i] - part->inherited[i];
     const pk__row_scale of = pk__scale_of_row(job, row);
     const double scale = of.height > of.largest ? of.height : of.largest;
     part->scale = scale > part->scale ? scale : part->scale;
@@ -26011,6 +28859,17 @@ static void pk__add_coupled_decay(const pk__worker *worker, const pk__part *part
     }
 }
 
+/* The part of a state that the optimizer begins with, - < R_0, carry_0 m_0 >. */
+static void pk__add_inherited(const pk__worker *worker, const pk__part *part, const pk_real *r)
+{
+    const pk__job *job = worker->job;
+    const pk_real *inherited = job->window.use_inherited;
+    double *to = job->part->inherited + (worker->row + part->row) * job->outputs + part->first;
+    for (size_t k = 0; k < part->count; k++)
+        to[k] -= part->node->shares ? pk__dot_own(part, k, r, inherited)
+                                    : pk__dot_part(part, k, r, inherited + part->node->weight_offset);
+}
+
 /* One part whose Phi is materialized: E (through R in reverse time), coupled decay, the products with the batch, and
  * the bounds by the same way with absolute values. */
 static void pk__materialized_part(pk__worker *worker, const pk__part *part, size_t j,
@@ -26022,7 +28881,15 @@ static void pk__materialized_part(pk__worker *worker, const pk__part *part, size
     const pk_real *p = NULL, *e = worker->phi;
     if (window->use_preconditioner)
         p = window->use_preconditioner + j * window->uses_pitch + part->node->weight_offset;
-    const pk__phi_view phi = pk__view_phi(worker, part);
+    pk__phi_view phi = {NULL, NULL, NULL, NULL, 0};
+    if (pk__step_average(job, j) != 0)
+        phi = pk__view_phi(worker, part);
+    if (job->average_state) {
+        pk_real *mean = job->average_state + pk__state_place(worker, part);
+        pk__advance_average(worker, part, j, &phi, mean);
+        if (job->part->bounds)
+            memcpy(worker->phi, mean, part->count * part->node->weight_count * sizeof *mean);
+    }
     if (job->reverse) {
         /* Without a direct part E is gain R: no copy is needed. */
         const int direct = job->grouped || pk__form_direct(form);
@@ -26030,6 +28897,8 @@ static void pk__materialized_part(pk__worker *worker, const pk__part *part, size
         pk__advance_state(job, part, form, next, p, &phi, state, direct ? worker->effective : NULL);
         e = direct ? worker->effective : state;
         pk__add_coupled_decay(worker, part, j, e, direct ? 1 : form->gain);
+        if (window->inherited && worker->step == 0)
+            pk__add_inherited(worker, part, state);
     }
     if (job->by_layer && part->node->shares)
         pk__multiply_columns(worker, part, j, e);
@@ -26093,18 +28962,15 @@ PK__BEGIN_CODE
 
 /* ---- before the first window -------------------------------------------------------------------------- */
 
-/* h(f(w_s, x)) of the pass's rows, block by block in the workers' memory. */
-static pk_status pk__predict(pk__job *job, size_t step, double *h)
+/* h(f(w, x)) of the pass's rows, block by block in the workers' memory. */
+static void pk__predict(pk__job *job, pk_real *weights, double *h)
 {
     const pk_graph *graph = job->graph;
     const size_t rows = job->part->rows, classes = graph->output_width, outputs = job->outputs;
     const size_t blocks = pk__blocks(rows, job->block);
-    pk_status status = pk_replay_weights(job->context, &job->window.replay, step, job->window.weights);
-    if (status)
-        return status;
     if (graph->tied)
-        pk_graph_spread(graph, job->window.weights, job->window.use_weights);
-    const pk__line line = {job->window.use_weights, NULL, NULL};
+        pk_graph_spread(graph, weights, job->window.use_weights);
+    const pk__line line = {graph->tied ? job->window.use_weights : weights, NULL, NULL};
     pk__team team = pk__team_of(job->context, (int)job->plan.threads, blocks);
     PK__PARALLEL(team)
     for (size_t b = pk__first_task(&team); b < blocks; b = pk__next_task(&team)) {
@@ -26120,6 +28986,39 @@ static pk_status pk__predict(pk__job *job, size_t step, double *h)
         }
     }
     pk__team_end(&team);
+}
+
+/* The average's last weights: by the steps of the run, whose own last weights are in the window then. */
+PK__PRIVATE pk_status pk__average_run(pk__job *job)
+{
+    const pk_average *average = job->window.average;
+    pk_real *next = job->window.weights;
+    pk_status status =
+        pk_replay_weights(job->context, &job->window.replay, average->from, job->average_weights);
+    for (size_t s = average->from; !status && s < job->run->steps; s++) {
+        const double c = pk_average_weight(average, s);
+        if (c == 0)
+            continue;
+        status = pk_replay_weights(job->context, &job->window.replay, s + 1, next);
+        if (!status)
+            pk__average_update(c, job->graph->parameters, next, job->average_weights, NULL);
+    }
+    return status;
+}
+
+/* The outputs at both ends of the run, and what the precision of the last weights leaves unattributed. */
+static pk_status pk__predict_ends(pk__job *job)
+{
+    pk_real *weights = job->window.weights;
+    pk_status status = pk_replay_weights(job->context, &job->window.replay, 0, weights);
+    if (!status)
+        pk__predict(job, weights, job->part->initial);
+    if (!status)
+        status = pk_replay_weights(job->context, &job->window.replay, job->run->steps, weights);
+    if (status)
+        return status;
+    job->unattributed = pk__unattributed_limit(job, weights);
+    pk__predict(job, job->window.average ? job->average_weights : weights, job->part->final);
     return PK_OK;
 }
 
@@ -26185,12 +29084,9 @@ static pk_status pk__sweep_prepare(pk__job *job)
     const size_t blocks = pk__blocks(job->part->rows, job->block);
     pk_status status = pk__read_rows(job);
     if (!status && job->first_output == 0) {
-        status = pk__predict(job, 0, job->part->initial);
-        if (!status)
-            status = pk__predict(job, job->run->steps, job->part->final);
+        status = pk__predict_ends(job);
         if (status)
             return status;
-        job->unattributed = pk__unattributed_limit(job, job->window.weights);
         memset(job->blocks, 0, blocks * sizeof *job->blocks);
         memset(job->variation, 0, job->part->rows * job->outputs * sizeof *job->variation);
         if (job->gram)
@@ -26207,6 +29103,10 @@ static pk_status pk__sweep_prepare(pk__job *job)
         memset(job->reverse_error, 0, numbers * sizeof(pk_real));
     if (job->reverse)
         memset(job->reverse_state, 0, numbers * sizeof(pk_real));
+    if (job->average_state)
+        memset(job->average_state, 0, numbers * sizeof(pk_real));
+    if (job->average_error)
+        memset(job->average_error, 0, numbers * sizeof(pk_real));
     memset(job->next_forms, 0, job->window.form_count * sizeof *job->next_forms);
     job->by_layer = 0;
     for (size_t k = 0; k < job->part->kept_count; k++)
@@ -26224,7 +29124,8 @@ static void pk__close_step(pk__worker *worker, pk__block_state *block, size_t j)
     pk_decomposition *part = job->part;
     const pk_linear_form *form = &job->window.forms[j * job->window.form_count];
     const pk_real *ends = pk__integrator_ends(&worker->integral.integrator);
-    double linear = job->grouped ? 1 : form->decoupled; /* with groups it is in the direction */
+    /* With groups, and with an average, it is in the direction. */
+    double linear = job->grouped || job->window.average ? 1 : form->decoupled;
     if (!job->reverse)
         linear += form->rate * (form->direct + form->gain * form->enter) * form->coupled;
     for (size_t i = 0; i < worker->rows * job->outputs; i++) {
@@ -26303,13 +29204,13 @@ static pk__integral_step pk__begin_step(pk__worker *worker, size_t j)
     worker->batch = worker->product.examples = &window->examples[j];
     worker->factor = job->reverse ? -scale : -scale * form->rate * (form->direct + form->gain * form->enter);
     return (pk__integral_step){
-        .weights = window->use_weights + at,
-        .direction = window->use_direction + at,
+        .weights = window->use_path_weights + at,
+        .direction = window->use_path_direction + at,
         .transposed = window->transposed ? window->transposed + 2 * at : NULL,
-        .directions = {window->use_direction + at, window->use_remainder + at,
-                       !job->decays   ? NULL
-                       : job->grouped ? window->use_decayed + at
-                                      : window->use_weights + at},
+        .directions = {window->use_path_direction + at, window->use_remainder + at,
+                       !job->decays                      ? NULL
+                       : job->grouped || window->average ? window->use_decayed + at
+                                                         : window->use_weights + at},
         .first_row = job->part->first_row + worker->row,
         .rows = worker->rows,
         .inputs = job->rows + worker->row * job->graph->input_width,
@@ -26356,15 +29257,18 @@ static void pk__sweep_step(pk__worker *worker, pk__block_state *block, size_t j,
     pk__integral_step step = pk__begin_step(worker, j);
     pk__approximate_step(worker, &step);
     const pk__points *points = NULL;
+    const int moves = pk__step_average(worker->job, j) != 0; /* an average may stay where it is */
     pk__integral_begin(integral, &step);
-    while (pk__integral_next(integral, &points)) {
+    while (moves && pk__integral_next(integral, &points)) {
         pk__integral_pass(integral, points);
         pk__integral_add(integral, points);
         pk__add_products(worker, points);
     }
-    pk__integral_end(integral);
+    if (moves)
+        pk__integral_end(integral);
     pk__materialized_layers(worker, j, next);
-    pk__close_step(worker, block, j);
+    if (moves)
+        pk__close_step(worker, block, j);
 }
 
 /* The steps of the window, for one block of rows. */
@@ -26398,8 +29302,9 @@ static pk_status pk__sweep_windows(pk__job *job, double done, double share)
     for (size_t i = 0; !status && i < windows; i++) {
         status = pk__progress(job->context, "decomposing", done + share * (double)i / (double)windows);
         if (!status)
-            status = chosen ? pk__steps_prepare(job->context, &job->window, pk__chosen_step(steps, chosen, i), 1)
-                            : pk__steps_visit(job->context, &job->window, job->reverse ? windows - 1 - i : i);
+            status = chosen
+                         ? pk__steps_prepare(job->context, &job->window, pk__chosen_step(steps, chosen, i), 1)
+                         : pk__steps_visit(job->context, &job->window, job->reverse ? windows - 1 - i : i);
         if (status)
             break;
         pk__team team = pk__team_of(job->context, (int)job->plan.threads, blocks);
@@ -26497,6 +29402,12 @@ static pk_status pk__check_options(pk_context *context, const pk_run *run, size_
         if (options->groups[i] < 0 || (size_t)options->groups[i] >= options->group_count)
             return pk__fail(context, PK_ARGUMENT, "example %zu is in group %lld of %zu", i,
                             (long long)options->groups[i], options->group_count);
+    if (options->average.kind && options->approximation)
+        return pk__fail(context, PK_UNSUPPORTED,
+                        "average: rules in place of the exact one are of the last weights");
+    pk_status averaged = pk_average_check(context, &options->average, run->steps);
+    if (averaged)
+        return averaged;
     if ((int)options->engine < 0 || options->engine > PK_ENGINE_INTEGRATED)
         return pk__fail(context, PK_ARGUMENT, "engine %d does not exist", (int)options->engine);
     if (options->bounds && options->quadrature.rule != PK_RULE_AUTO &&
@@ -26520,6 +29431,8 @@ static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomp
     double start = pk__seconds();
     pk_status status =
         job->window.stride && job->run->steps ? pk__steps_save_states(job->context, &job->window) : PK_OK;
+    if (!status && job->window.average)
+        status = pk__average_run(job);
     for (size_t first = 0; !status && first < rows; first += job->plan.rows) {
         size_t count = pk__min(job->plan.rows, rows - first);
         pk_decomposition part;
@@ -26609,17 +29522,15 @@ static pk_status pk__decompose(pk_context *context, const pk_run *run, pk_matrix
         return status;
     if (!callback)
         status = pk__allocate_results(context, options, whole);
+    if (status)
+        return status;
     pk__arena arena = {NULL, 0, 0, 0};
-    if (!status) {
+    do
         pk__job_layout(job, &arena);
-        status = pk_allocate(context, 1, arena.used, "the decomposition's work", &job->memory);
-    }
-    if (!status) {
-        pk__arena own = {job->memory, arena.used, 0, 0};
-        pk__job_layout(job, &own);
+    while (pk__arena_again(context, &arena, "the decomposition's work", &status));
+    if (!status)
         status = pk__run_passes(job, whole, callback, user);
-    }
-    pk_release(context, job->memory);
+    pk_release(context, arena.base);
     return status;
 }
 
@@ -26719,11 +29630,6 @@ enum {
 #define PK__COMPARE_MEMORY ((size_t)1 << 30)
 #define PK__COMPARE_FLOPS 1e10 /* of all equal parts, at most */
 
-typedef struct pk__compare_ranked {
-    double value;
-    size_t index;
-} pk__compare_ranked;
-
 typedef struct pk__comparing {
     pk_context *context;
     const pk_run *run;
@@ -26742,7 +29648,7 @@ typedef struct pk__comparing {
     double *left_missed, *missed[PK__COMPARE_LEVELS]; /* rows x outputs: f_S - f_0 less the sum */
     unsigned char *settled;                           /* rows: the level whose sum is taken; 0: none yet */
     double *order;                                    /* threads x examples: ranks of a rule */
-    pk__compare_ranked *sorted;                       /* threads x examples, or cells */
+    pk__ranked *sorted;                       /* threads x examples, or cells */
     int threads;
     /* The caller's progress, and where it stands: */
     int (*progress)(void *user, const char *phase, double fraction);
@@ -26753,59 +29659,6 @@ typedef struct pk__comparing {
 } pk__comparing;
 
 /* ---- order ----------------------------------------------------------------------------------------------- */
-
-/* NaN come last; of equals the first index comes first. */
-static int pk__compare_ranks_before(const pk__compare_ranked *a, const pk__compare_ranked *b)
-{
-    const int nan_a = isnan(a->value), nan_b = isnan(b->value);
-    if (nan_a != nan_b)
-        return nan_b;
-    return a->value < b->value || (!(b->value < a->value) && a->index < b->index);
-}
-
-/* Heap sort. */
-static void pk__compare_sort_ranked(size_t count, pk__compare_ranked *items)
-{
-    for (size_t heap = count / 2, end = count; end > 1;) {
-        if (heap > 0) {
-            heap--;
-        } else {
-            end--;
-            const pk__compare_ranked top = items[0];
-            items[0] = items[end];
-            items[end] = top;
-        }
-        const pk__compare_ranked moving = items[heap];
-        size_t at = heap;
-        for (size_t child = 2 * at + 1; child < end; child = 2 * at + 1) {
-            child += child + 1 < end && pk__compare_ranks_before(&items[child], &items[child + 1]);
-            if (!pk__compare_ranks_before(&moving, &items[child]))
-                break;
-            items[at] = items[child];
-            at = child;
-        }
-        items[at] = moving;
-    }
-}
-
-/* ranks[i]: how far the rank of value i lies from the mean of all ranks; equal values share the mean of theirs. NAN where a value is
- * not finite. ranks may be values. */
-static void pk__compare_rank(size_t count, const double *values, pk__compare_ranked *sorted, double *ranks)
-{
-    int finite = 1;
-    for (size_t i = 0; i < count; i++) {
-        finite &= isfinite(values[i]) != 0;
-        sorted[i] = (pk__compare_ranked){values[i], i};
-    }
-    pk__compare_sort_ranked(count, sorted);
-    for (size_t first = 0, last; first < count; first = last) {
-        for (last = first + 1; last < count && sorted[last].value == sorted[first].value; last++)
-            ;
-        const double rank = 0.5 * ((double)first + (double)last - (double)count);
-        for (size_t i = first; i < last; i++)
-            ranks[sorted[i].index] = finite ? rank : (double)NAN;
-    }
-}
 
 /* The correlation of two vectors of ranks; 0 where those of b are all equal, NAN where all of a are. */
 static double pk__compare_rank_correlation(size_t count, const double *a, const double *b)
@@ -26831,11 +29684,11 @@ static void pk__compare_score(pk__comparing *c, int rule, const double *contribu
     PK__PARALLEL(team)
     for (size_t cell = pk__first_task(&team); cell < cells; cell = pk__next_task(&team)) {
         double *exact = c->ranks + cell * N, *own = c->order + (size_t)pk__thread() * N;
-        pk__compare_ranked *sorted = c->sorted + (size_t)pk__thread() * N;
+        pk__ranked *sorted = c->sorted + (size_t)pk__thread() * N;
         residual[cell] = fabs(missed[cell]);
         if (rule == PK__COMPARE_EXACT)
             own = exact;
-        pk__compare_rank(N, contributions + cell * N, sorted, own);
+        pk__rank(N, contributions + cell * N, sorted, own);
         correlation[cell] = pk__compare_rank_correlation(N, exact, own);
         if (rule == PK__COMPARE_EXACT) {
             int equal = 1;
@@ -27135,21 +29988,25 @@ static pk_status pk__compare_telescope(pk__comparing *c)
     /* As many rows at a time as one thread's tape holds in some MB, whatever the limit: the same bits. */
     const size_t few = pk__example_rows(&c->run->graph), piece = few < 64 ? few : rows;
     const double start = pk__seconds();
-    pk_real *memory = NULL, *part = NULL;
+    pk_real *w, *next, *direction, *f;
     pk_replay replay;
+    pk_status status;
+    pk__arena arena = {NULL, 0, 0, 0};
+    do {
+        w = pk__arena_take(&arena, P, sizeof *w);
+        next = pk__arena_take(&arena, P, sizeof *next);
+        direction = pk__arena_take(&arena, P, sizeof *direction);
+        f = pk__arena_take(&arena, piece, c->outputs * sizeof *f);
+    } while (pk__arena_again(c->context, &arena, "telescoping", &status));
     memset(&replay, 0, sizeof replay);
-    pk_status status = pk_allocate(c->context, P, 3 * sizeof *memory, "the weights of a step", &memory);
-    if (!status)
-        status = pk_allocate(c->context, piece, c->outputs * sizeof *part, "the outputs of a step", &part);
     if (!status)
         status = pk_replay_prepare(c->context, c->run, 0, &replay);
     if (!status)
-        status = pk__compare_telescope_run(c, &replay, piece, memory, memory + P, memory + 2 * P, part);
+        status = pk__compare_telescope_run(c, &replay, piece, w, next, direction, f);
     if (status == PK_MEMORY_LIMIT && piece == rows && rows > 64) /* one thread's block at a time */
-        status = pk__compare_telescope_run(c, &replay, 64, memory, memory + P, memory + 2 * P, part);
+        status = pk__compare_telescope_run(c, &replay, 64, w, next, direction, f);
     pk_replay_release(c->context, &replay);
-    pk_release(c->context, part);
-    pk_release(c->context, memory);
+    pk_release(c->context, arena.base);
     c->rules[PK__COMPARE_TELESCOPING].seconds = pk__seconds() - start;
     return status;
 }
@@ -27166,8 +30023,24 @@ static int pk__compare_progress(void *user, const char *phase, double fraction)
     return c->progress(c->progress_user, "comparing", c->reached);
 }
 
-/* The tables of `most` rows. Measures and takes. */
+/* What is there for all rows. */
 static void pk__compare_take(pk__arena *arena, pk__comparing *c)
+{
+    const size_t threads = (size_t)c->threads;
+    size_t sorted = 0;
+    if (!pk__multiply(c->inputs.rows, c->outputs, &c->cells) || !pk__multiply(threads, c->examples, &sorted))
+        arena->overflow = 1;
+    c->residual = pk__arena_take(arena, c->cells, PK_COMPARE_RULES * sizeof *c->residual);
+    c->correlation = pk__arena_take(arena, c->cells, PK_COMPARE_RULES * sizeof *c->correlation);
+    c->unordered = pk__arena_take(arena, c->cells, sizeof *c->unordered);
+    c->order = pk__arena_take(arena, threads, c->examples * sizeof *c->order);
+    c->sorted = pk__arena_take(arena, pk__max(sorted, c->cells), sizeof *c->sorted);
+    c->first_weights = pk__arena_take(arena, c->run->graph.spread, sizeof *c->first_weights);
+    c->last_weights = pk__arena_take(arena, c->run->graph.spread, sizeof *c->last_weights);
+}
+
+/* The tables of `most` rows. */
+static void pk__compare_tables_take(pk__arena *arena, pk__comparing *c)
 {
     size_t numbers = 0;
     if (!pk__multiply(c->most * c->outputs, c->examples, &numbers))
@@ -27199,19 +30072,15 @@ static pk_status pk__compare_tables(pk__comparing *c, size_t block, void **table
     for (c->most = pk__max(c->most, pk__min(block, c->inputs.rows));;) {
         pk__arena arena = {NULL, 0, 0, 0};
         pk_plan plan;
-        pk__compare_take(&arena, c);
-        if (arena.overflow)
-            return pk__fail(c->context, PK_OVERFLOW,
-                            "compare: the memory for %zu contributions to a row overflows", c->examples);
-        pk_status status =
-            pk_allocate(c->context, arena.used, 1, "the contributions that are compared", tables);
+        pk_status status;
+        do
+            pk__compare_tables_take(&arena, c);
+        while (pk__arena_again(c->context, &arena, "the contributions that are compared", &status));
         if (!status)
             status = pk_decompose_plan(c->context, c->run, c->most, &c->options, 0, &plan);
-        if (!status) {
-            pk__arena own = {*tables, arena.used, 0, 0};
-            pk__compare_take(&own, c);
+        *tables = arena.base;
+        if (!status)
             return PK_OK;
-        }
         pk_release(c->context, *tables);
         *tables = NULL;
         if (status != PK_MEMORY_LIMIT || c->most <= block)
@@ -27252,11 +30121,11 @@ static void pk__compare_summarize(pk__comparing *c, int rule)
     double sum = 0;
     size_t ordered = 0;
     for (size_t i = 0; i < c->cells; i++) {
-        c->sorted[i] = (pk__compare_ranked){residual[i], i};
+        c->sorted[i] = (pk__ranked){residual[i], i};
         ordered += !c->unordered[i];
         sum += c->unordered[i] ? 0 : correlation[i];
     }
-    pk__compare_sort_ranked(c->cells, c->sorted);
+    pk__sort_ranked(c->cells, c->sorted);
     to->residual_max = c->sorted[c->cells - 1].value;
     to->residual_median = 0.5 * (c->sorted[(c->cells - 1) / 2].value + c->sorted[c->cells / 2].value);
     to->spearman = ordered && rule != PK__COMPARE_TELESCOPING ? sum / (double)ordered : (double)NAN;
@@ -27312,23 +30181,11 @@ PK_API pk_status pk_compare(pk_context *context, const pk_run *run, pk_matrix in
     c->options.approximation = &c->how;
     for (int rule = 0; rule < PK_COMPARE_RULES; rule++)
         rules[rule] = (pk_comparison){pk__compare_names[rule], NAN, NAN, NAN, 0};
-    const size_t each = 2 * PK_COMPARE_RULES * sizeof(double);
-    size_t lanes = 0;
-    if (!pk__multiply(inputs.rows, run->outputs, &c->cells) || c->cells > SIZE_MAX / each ||
-        !pk__multiply((size_t)c->threads, c->examples, &lanes))
-        return pk__fail(context, PK_OVERFLOW, "compare: the memory for %zu rows overflows", inputs.rows);
-    status = pk_allocate(context, c->cells, each, "the residuals", &c->residual);
-    if (!status)
-        status = pk_allocate(context, c->cells, 1, "the residuals", &c->unordered);
-    if (!status)
-        status = pk_allocate(context, lanes, sizeof *c->order, "the ranks", &c->order);
-    if (!status)
-        status = pk_allocate(context, pk__max(lanes, c->cells), sizeof *c->sorted, "the ranks", &c->sorted);
-    if (!status)
-        status = pk_allocate(context, run->graph.spread, 2 * sizeof(pk_real), "the weights", &c->first_weights);
+    pk__arena arena = {NULL, 0, 0, 0};
+    do
+        pk__compare_take(&arena, c);
+    while (pk__arena_again(context, &arena, "compare", &status));
     if (!status) {
-        c->correlation = c->residual + PK_COMPARE_RULES * c->cells;
-        c->last_weights = c->first_weights + run->graph.spread;
         c->progress = context ? context->progress : NULL;
         c->progress_user = context ? context->progress_user : NULL;
         if (c->progress) {
@@ -27341,11 +30198,7 @@ PK_API pk_status pk_compare(pk_context *context, const pk_run *run, pk_matrix in
             context->progress_user = c->progress_user;
         }
     }
-    pk_release(context, c->first_weights);
-    pk_release(context, c->sorted);
-    pk_release(context, c->order);
-    pk_release(context, c->unordered);
-    pk_release(context, c->residual);
+    pk_release(context, arena.base);
     return status || !c->verdict ? status : pk__fail(context, c->verdict, "%s", c->message);
 }
 
@@ -27357,22 +30210,26 @@ PK__BEGIN_COLD_CODE
 
 enum { PK__REFERENCE_NODES = 1000 };
 
-/* Sources of updates are the examples 0 .. N-1, and decay, which is number N. */
+/* Sources of updates are the examples 0 .. N-1, decay, which is number N, and the state that the optimizer begins with. */
+enum { PK__REFERENCE_OTHERS = 2 };
 typedef struct pk__reference_memory {
     pk_replay replay;
+    const pk_average *average;
+    pk_real *mean, *mean_next;                /* P: a_s and a_{s+1}; w and next where there is no average */
+    double *lag;                              /* (N + 3) x P: e of each source and of the rest; or NULL */
     double *node, *weight;                    /* nodes: the rule on [0, 1] */
     pk_real *w, *next, *at, *one;             /* P each: w_s, w_{s+1}, w_s + t D_s, one gradient */
     pk_real *sum, *state, *update;            /* P, V P, P: the optimiser's */
     pk_real *p;                               /* P */
     pk_real *jacobian, *f;                    /* M C x P, M C */
-    double *phi, *gradient, *momentum, *rest; /* M C x P, (N + 1) x P twice, P */
+    double *phi, *gradient, *momentum, *rest; /* M C x P, (N + 2) x P twice, P */
     const pk_parameter_range *range; /* of parameters in one group: all of them where there are no groups */
     size_t range_count;
     pk_parameter_range all;
     pk_linear_form *forms; /* 1 + groups */
 } pk__reference_memory;
 
-/* phi = the integral of the Jacobian along the step from w to next. */
+/* phi = the integral of the Jacobian along the step from w to next, or that of their average. */
 static pk_status pk__reference_integral(pk_context *context, const pk_run *run, pk_matrix inputs, size_t pieces,
                                         int nodes, pk__reference_memory *m)
 {
@@ -27384,7 +30241,7 @@ static pk_status pk__reference_integral(pk_context *context, const pk_run *run, 
     for (size_t k = 0; k < pieces * (size_t)nodes; k++) {
         const double t = ((double)(k / (size_t)nodes) + m->node[k % (size_t)nodes]) / (double)pieces;
         const double weight = m->weight[k % (size_t)nodes] / (double)pieces;
-        pk__step_point(P, m->w, m->next, t, m->at);
+        pk__step_point(P, m->mean, m->mean_next, t, m->at);
         pk_status status =
             pk_jacobian(context, &run->graph, m->at, inputs, pk_matrix_view(m->jacobian, cells, P), none);
         if (status)
@@ -27407,7 +30264,7 @@ static pk_status pk__reference_step(pk_context *context, const pk_run *run, size
     pk_batch batch;
     pk_status status = PK_OK;
     pk_run_batch(run, s, &batch);
-    memset(m->gradient, 0, (N + 1) * P * sizeof *m->gradient);
+    memset(m->gradient, 0, (N + PK__REFERENCE_OTHERS) * P * sizeof *m->gradient);
     for (size_t b = 0; !status && b < batch.count; b++) {
         const pk_batch item = {1, batch.items + b, NULL};
         const double c = batch.weights ? batch.weights[b] : 1 / (double)batch.count;
@@ -27442,12 +30299,23 @@ static pk_status pk__reference_step(pk_context *context, const pk_run *run, size
     return status;
 }
 
+/* D of a source, P numbers, as the average takes it. */
+static void pk__reference_average(const pk__reference_memory *m, size_t P, size_t s, double *lag, double *share)
+{
+    const double c = pk_average_weight(m->average, s);
+    for (size_t p = 0; p < P; p++) {
+        const double due = lag[p] + share[p];
+        share[p] = c * due;
+        lag[p] = (1 - c) * due;
+    }
+}
+
 /* Adds a step: < Phi, D_i > for each source, and what is left of D. */
-static void pk__reference_add(const pk_run *run, size_t cells, const pk_linear_form *forms,
+static void pk__reference_add(const pk_run *run, size_t s, size_t cells, const pk_linear_form *forms,
                               pk__reference_memory *m, const pk_reference *out)
 {
-    const size_t P = run->parameters, N = run->examples;
-    for (size_t k = 0; k < (N + 1) * m->range_count; k++) {
+    const size_t P = run->parameters, N = run->examples, sources = N + PK__REFERENCE_OTHERS;
+    for (size_t k = 0; k < sources * m->range_count; k++) {
         const size_t i = k / m->range_count;
         const pk_parameter_range *range = &m->range[k % m->range_count];
         const pk_linear_form *form = &forms[range->group];
@@ -27461,15 +30329,20 @@ static void pk__reference_add(const pk_run *run, size_t cells, const pk_linear_f
             m->rest[p] -= share[p];
         }
     }
+    for (size_t i = 0; m->lag && i <= sources; i++)
+        pk__reference_average(m, P, s, m->lag + i * P, i < sources ? m->gradient + i * P : m->rest);
     for (size_t cell = 0; cell < cells; cell++)
-        for (size_t i = 0; i <= N + 1; i++) {
-            const double *share = i <= N ? m->gradient + i * P : m->rest;
+        for (size_t i = 0; i <= sources; i++) {
+            const double *share = i < sources ? m->gradient + i * P : m->rest;
             double sum = 0;
             for (size_t p = 0; p < P; p++)
                 sum += m->phi[cell * P + p] * share[p];
-            *(i < N    ? &out->by_example[cell * N + i]
-              : i == N ? &out->decay[cell]
-                       : &out->unattributed[cell]) += sum;
+            double *to = i < N         ? &out->by_example[cell * N + i]
+                         : i == N      ? &out->decay[cell]
+                         : i < sources ? out->inherited ? &out->inherited[cell] : NULL
+                                       : &out->unattributed[cell];
+            if (to)
+                *to += sum;
         }
 }
 
@@ -27483,28 +30356,43 @@ static pk_status pk__reference_run(pk_context *context, const pk_run *run, pk_ma
     memset(out->by_example, 0, cells * N * sizeof(double));
     memset(out->decay, 0, cells * sizeof(double));
     memset(out->unattributed, 0, cells * sizeof(double));
+    if (out->inherited)
+        memset(out->inherited, 0, cells * sizeof(double));
     pk_status status = pk_replay_weights(context, &m->replay, 0, m->next);
     if (!status)
         status = pk_graph_evaluate(context, &run->graph, m->next, inputs, f);
+    if (!status && run->initial_state.data) {
+        status = pk_run_initial_state(context, run, m->state);
+        pk__groups_first_momentum(&run->optimizer, &run->groups, P, m->state, m->p);
+        for (size_t p = 0; p < P; p++)
+            m->momentum[(N + 1) * P + p] = m->p[p];
+    }
+    if (m->lag)
+        memcpy(m->mean_next, m->next, P * sizeof *m->next);
     for (size_t cell = 0; cell < cells; cell++)
         out->initial[cell] = m->f[cell];
     for (size_t s = 0; !status && s < run->steps; s++) {
         memcpy(m->w, m->next, P * sizeof *m->w);
+        if (m->lag)
+            memcpy(m->mean, m->mean_next, P * sizeof *m->mean);
         status = pk__progress(context, "reference", (double)s / (double)run->steps);
         if (!status)
             status = pk_replay_weights(context, &m->replay, s + 1, m->next);
+        if (!status && m->lag)
+            pk__average_update(pk_average_weight(m->average, s), P, m->next, m->mean_next, NULL);
         if (!status)
             status = pk__reference_integral(context, run, inputs, pieces, nodes, m);
         if (!status)
             status = pk__reference_step(context, run, s, m, m->forms);
         if (!status)
-            pk__reference_add(run, cells, m->forms, m, out);
+            pk__reference_add(run, s, cells, m->forms, m, out);
     }
     if (!status)
-        status = pk_graph_evaluate(context, &run->graph, m->next, inputs, f);
+        status = pk_graph_evaluate(context, &run->graph, m->mean_next, inputs, f);
     for (size_t cell = 0; cell < cells; cell++) {
         out->final[cell] = m->f[cell];
         out->closure[cell] = out->final[cell] - out->initial[cell] - out->decay[cell] - out->unattributed[cell];
+        out->closure[cell] -= out->inherited ? out->inherited[cell] : 0;
         for (size_t i = 0; i < N; i++)
             out->closure[cell] -= out->by_example[cell * N + i];
     }
@@ -27517,7 +30405,8 @@ static void pk__reference_take(pk__arena *arena, const pk_run *run, size_t cells
     const size_t P = run->parameters, real = sizeof(pk_real), number = sizeof(double);
     const size_t vectors = pk_parameter_groups_state_vectors(&run->optimizer, &run->groups);
     size_t sources = 0, results = 0;
-    if (!pk__multiply(run->examples + 1, P, &sources) || !pk__multiply(cells, P, &results))
+    if (!pk__multiply(run->examples + PK__REFERENCE_OTHERS + 1, P, &sources) ||
+        !pk__multiply(cells, P, &results))
         arena->overflow = 1;
     m->node = pk__arena_take(arena, (size_t)nodes, number);
     m->weight = pk__arena_take(arena, (size_t)nodes, number);
@@ -27530,6 +30419,9 @@ static void pk__reference_take(pk__arena *arena, const pk_run *run, size_t cells
     m->phi = pk__arena_take(arena, results, number);
     m->gradient = pk__arena_take(arena, sources, number);
     m->momentum = pk__arena_take(arena, sources, number);
+    m->lag = m->average->kind ? pk__arena_take(arena, sources, number) : NULL;
+    m->mean = m->average->kind ? pk__arena_take(arena, P, real) : m->w;
+    m->mean_next = m->average->kind ? pk__arena_take(arena, P, real) : m->next;
     m->rest = pk__arena_take(arena, P, number);
     m->forms = pk__arena_take(arena, 1 + run->groups.count, sizeof *m->forms);
     m->all.count = P;
@@ -27540,35 +30432,41 @@ static void pk__reference_take(pk__arena *arena, const pk_run *run, size_t cells
 PK_API pk_status pk_decompose_reference(pk_context *context, const pk_run *run, pk_matrix inputs, size_t pieces,
                                         int nodes, const pk_reference *out)
 {
+    pk_average none;
+    memset(&none, 0, sizeof none);
+    return pk_decompose_reference_average(context, run, inputs, &none, pieces, nodes, out);
+}
+
+PK_API pk_status pk_decompose_reference_average(pk_context *context, const pk_run *run, pk_matrix inputs,
+                                                const pk_average *average, size_t pieces, int nodes,
+                                                const pk_reference *out)
+{
     if (!run || !run->weights.data || !out || !out->initial || !out->final || !out->by_example || !out->decay ||
-        !out->unattributed || !out->closure)
+        !out->unattributed || !out->closure || (run->initial_state.data && !out->inherited))
         return pk__fail(context, PK_ARGUMENT, "reference: the run or an array of the result is missing");
     if (nodes < 1 || nodes > PK__REFERENCE_NODES || !pieces || pieces > SIZE_MAX / PK__REFERENCE_NODES)
         return pk__fail(context, PK_ARGUMENT,
                         "reference: %zu pieces of %d nodes; there is at least 1 piece, with 1 to %d nodes",
                         pieces, nodes, (int)PK__REFERENCE_NODES);
-    pk_status status =
-        pk__sweep_matrix(context, "reference", "inputs", inputs, inputs.rows, run->graph.input_width);
+    pk_status status = pk_average_check(context, average, run->steps);
+    if (!status)
+        status = pk__sweep_matrix(context, "reference", "inputs", inputs, inputs.rows, run->graph.input_width);
     if (status)
         return status;
     size_t cells = 0;
     pk__reference_memory memory;
     memset(&memory, 0, sizeof memory);
+    memory.average = average;
     pk__arena arena = {NULL, 0, 0, !pk__multiply(inputs.rows, run->outputs, &cells)};
-    pk__reference_take(&arena, run, cells, nodes, &memory);
-    if (arena.overflow)
-        return pk__fail(context, PK_OVERFLOW, "reference: the memory for %zu rows overflows", inputs.rows);
-    void *block = NULL;
-    status = pk_allocate(context, arena.used, 1, "the reference decomposition", &block);
+    do
+        pk__reference_take(&arena, run, cells, nodes, &memory);
+    while (pk__arena_again(context, &arena, "the reference decomposition", &status));
     if (!status)
         status = pk_replay_prepare(context, run, 0, &memory.replay);
-    if (!status) {
-        pk__arena own = {block, arena.used, 0, 0};
-        pk__reference_take(&own, run, cells, nodes, &memory);
+    if (!status)
         status = pk__reference_run(context, run, inputs, pieces, nodes, &memory, out);
-    }
     pk_replay_release(context, &memory.replay);
-    pk_release(context, block);
+    pk_release(context, arena.base);
     return status;
 }
 
@@ -27601,6 +30499,21 @@ PK__PRIVATE void pk__walk_take(pk__arena *arena, const pk_run *run, pk__walk *wa
     walk->all.count = P;
     walk->range = run->groups.count ? run->groups.range : &walk->all;
     walk->range_count = run->groups.count ? run->groups.range_count : 1;
+}
+
+/* Sets the optimizer's vectors before step 0, and m (P), the momentum of the linear form, where it is not NULL. */
+PK__PRIVATE pk_status pk__walk_begin(pk_context *context, pk__walk *walk, double *m)
+{
+    const pk_run *run = walk->run;
+    if (!run->initial_state.data) /* zeros: the arena's */
+        return PK_OK;
+    pk_status status = pk_run_initial_state(context, run, walk->state);
+    if (status || !m)
+        return status;
+    pk__groups_first_momentum(&run->optimizer, &run->groups, run->parameters, walk->state, walk->p);
+    for (size_t p = 0; p < run->parameters; p++)
+        m[p] = (double)walk->p[p];
+    return PK_OK;
 }
 
 /* The next step, s, whose gradient stands in walk->gradient: its forms and p. w: w_s. */
@@ -27692,24 +30605,24 @@ PK_API pk_status pk_telescope(pk_context *context, const pk_run *run, pk_matrix 
                         "telescoping: the run or the place for the predictions is missing");
     pk_status status =
         pk__sweep_matrix(context, "telescoping", "inputs", inputs, inputs.rows, run->graph.input_width);
-    size_t cells = 0, numbers = 0;
-    if (!status && (!pk__multiply(inputs.rows, run->outputs, &cells) || cells > SIZE_MAX / 64 ||
-                    run->parameters > SIZE_MAX / 64))
-        status = pk__fail(context, PK_OVERFLOW, "telescoping: the memory for %zu rows overflows", inputs.rows);
     if (status || !inputs.rows)
         return status;
-    numbers = 3 * run->parameters + cells;
-    pk_real *memory = NULL;
+    pk_real *w, *next, *direction, *f;
     pk_replay replay;
+    pk__arena arena = {NULL, 0, 0, 0};
+    do {
+        w = pk__arena_take(&arena, run->parameters, sizeof *w);
+        next = pk__arena_take(&arena, run->parameters, sizeof *next);
+        direction = pk__arena_take(&arena, run->parameters, sizeof *direction);
+        f = pk__arena_take(&arena, inputs.rows, run->outputs * sizeof *f);
+    } while (pk__arena_again(context, &arena, "telescoping", &status));
     memset(&replay, 0, sizeof replay);
-    status = pk_allocate(context, numbers, sizeof *memory, "telescoping", &memory);
     if (!status)
         status = pk_replay_prepare(context, run, 0, &replay);
     if (!status)
-        status = pk__telescope_steps(context, run, inputs, &replay, memory, memory + run->parameters,
-                                     memory + 2 * run->parameters, memory + 3 * run->parameters, predictions);
+        status = pk__telescope_steps(context, run, inputs, &replay, w, next, direction, f, predictions);
     pk_replay_release(context, &replay);
-    pk_release(context, memory);
+    pk_release(context, arena.base);
     return status;
 }
 
@@ -27917,7 +30830,9 @@ static pk_status pk__smooth_run(pk__smooth *m)
 {
     const pk_run *run = m->run;
     const size_t P = run->parameters, D = run->graph.input_width, rows = m->out->rows;
-    pk_status status = pk_replay_weights(m->context, &m->replay, 0, m->next);
+    pk_status status = pk__walk_begin(m->context, &m->walk, m->all); /* m->mean is of the gradients alone */
+    if (!status)
+        status = pk_replay_weights(m->context, &m->replay, 0, m->next);
     for (size_t s = 0; s < run->steps && !status; s++) {
         size_t terms = 0;
         status = pk__progress(m->context, "smoother", (double)s / (double)run->steps);
@@ -27978,26 +30893,23 @@ static pk_status pk__smooth_finish(pk__smooth *m, double tolerance)
     return PK_OK;
 }
 
-/* The results: one piece of memory. */
+/* The results: one piece of memory that begins with the matrix, which is never empty. */
 static pk_status pk__smooth_results(pk_context *context, pk_smoother *out)
 {
-    size_t cells = 0, targets = 0, matrix = 0, trajectory = 0;
-    if (!pk__multiply(out->rows, out->outputs, &cells) ||
-        !pk__multiply(out->examples, out->outputs, &targets) || !pk__multiply(cells, targets, &matrix) ||
-        !pk__multiply(cells, out->steps + 1, &trajectory) || matrix > SIZE_MAX / 64 ||
-        trajectory > SIZE_MAX / 64)
-        return pk__fail(context, PK_OVERFLOW, "smoother: the memory for %zu rows overflows", out->rows);
-    double *memory = NULL;
-    pk_status status = pk_allocate(context, matrix + cells + targets + trajectory + 2 * (out->steps + 1),
-                                   sizeof *memory, "the smoother's results", &memory);
-    if (status)
-        return status;
-    out->matrix = memory;
-    out->constant = out->matrix + matrix;
-    out->targets = out->constant + cells;
-    out->predictions = out->targets + targets;
-    out->effective = out->predictions + trajectory;
-    return PK_OK;
+    const size_t real = sizeof(double);
+    size_t cells = 0, targets = 0;
+    pk_status status;
+    pk__arena arena = {NULL, 0, 0,
+                       !pk__multiply(out->rows, out->outputs, &cells) ||
+                           !pk__multiply(out->examples, out->outputs * real, &targets)};
+    do {
+        out->matrix = pk__arena_take(&arena, cells, targets);
+        out->constant = pk__arena_take(&arena, cells, real);
+        out->targets = pk__arena_take(&arena, targets, 1);
+        out->predictions = pk__arena_take(&arena, cells, (out->steps + 1) * real);
+        out->effective = pk__arena_take(&arena, out->steps + 1, 2 * real);
+    } while (pk__arena_again(context, &arena, "the smoother's results", &status));
+    return status;
 }
 
 /* The targets and the rows of both kinds. */
@@ -28049,29 +30961,26 @@ PK_API pk_status pk_smooth(pk_context *context, const pk_run *run, pk_matrix inp
         return status;
     const double start = pk__seconds();
     pk__smooth m;
-    void *block = NULL;
+    pk__arena arena = {NULL, 0, 0, 0};
     memset(&m, 0, sizeof m);
     m.context = context, m.run = run, m.out = out;
     m.first_order = options && options->first_order;
     m.kappa = run->loss == PK_SQUARED ? 1 : 2 / (double)run->outputs;
     out->examples = run->examples, out->outputs = run->outputs, out->steps = run->steps;
     out->rows = run->examples + inputs.rows;
-    status = pk__step_integral_begin(context, &run->graph, 0, &m.phi);
-    pk__arena measured = {NULL, 0, 0, 0};
-    pk__smooth_take(&measured, &m);
-    if (!status && measured.overflow)
-        status = pk__fail(context, PK_OVERFLOW, "smoother: the memory for %zu rows overflows", out->rows);
+    status = pk__smooth_results(context, out);
     if (!status)
-        status = pk__smooth_results(context, out);
-    if (!status)
-        status = pk_allocate(context, measured.used, 1, "the smoother", &block);
+        status = pk__step_integral_begin(context, &run->graph, 0, &m.phi);
+    if (!status) {
+        do
+            pk__smooth_take(&arena, &m);
+        while (pk__arena_again(context, &arena, "the smoother", &status));
+    }
     if (!status)
         status = pk_replay_prepare(context, run, 0, &m.replay);
     for (size_t r = 0; r < inputs.rows && !status && run->graph.checked; r++)
         status = pk_graph_check_inputs(context, &run->graph, r, inputs.data + r * inputs.ld);
     if (!status) {
-        pk__arena arena = {block, measured.used, 0, 0};
-        pk__smooth_take(&arena, &m);
         pk__smooth_data(&m, inputs);
         status = pk__smooth_run(&m);
         if (!status)
@@ -28081,7 +30990,7 @@ PK_API pk_status pk_smooth(pk_context *context, const pk_run *run, pk_matrix inp
     }
     pk__step_integral_end(&m.phi);
     pk_replay_release(context, &m.replay);
-    pk_release(context, block);
+    pk_release(context, arena.base);
     if (status && status != PK_NOT_CLOSED && status != PK_UNATTRIBUTED)
         pk_smoother_release(context, out);
     else
@@ -28128,6 +31037,7 @@ typedef struct pk__sensing {
     pk_real *products;        /* D x PK__SENSITIVITY_ROWS */
     pk_real *preconditioners; /* S x P, or NULL: p is the rate */
     pk_linear_form *forms;    /* (S + 1) x (1 + groups) */
+    double *inherited;        /* P: m before step 0, of a run that begins with a state; or NULL */
     int64_t *items;           /* of a block of the batch */
     size_t *column;           /* of each tensor */
     size_t block_count;
@@ -28152,6 +31062,7 @@ static void pk__sensing_take(pk__arena *arena, pk__sensing *m)
     m->products = pk__arena_take(arena, PK__SENSITIVITY_ROWS, D * real);
     m->preconditioners = pk__arena_take(arena, pk__walk_adapts(run) ? wide : 0, real);
     m->forms = pk__arena_take(arena, S + 1, (1 + run->groups.count) * sizeof *m->forms);
+    m->inherited = run->initial_state.data ? pk__arena_take(arena, P, sizeof(double)) : NULL;
     m->items = pk__arena_take(arena, PK__SENSITIVITY_ROWS, sizeof *m->items);
     m->total = pk__arena_take(arena, D, sizeof(double));
 }
@@ -28161,7 +31072,7 @@ static pk_status pk__sensing_forms(pk__sensing *m)
 {
     const pk_run *run = m->run;
     const size_t P = run->parameters, count = 1 + run->groups.count;
-    pk_status status = PK_OK;
+    pk_status status = pk__walk_begin(m->context, &m->walk, m->inherited);
     for (size_t s = 0; s < run->steps && !status; s++) {
         if (pk__walk_adapts(run)) {
             pk_batch batch;
@@ -28207,6 +31118,18 @@ static void pk__sensing_back(pk__sensing *m, size_t s)
                 m->out->decay[d] -= (form->coupled * effective + form->decoupled * moved) * m->w[p];
                 m->total[d] += moved * step;
             }
+    }
+}
+
+/* What the state before step 0 contributes: m_1 = carry_0 m_0, and on to all steps by R_0. */
+static void pk__sensing_inherited(pk__sensing *m)
+{
+    const size_t P = m->run->parameters;
+    for (size_t r = 0; m->inherited && m->run->steps && r < m->walk.range_count; r++) {
+        const pk_parameter_range *range = &m->walk.range[r];
+        for (size_t d = 0; d < m->out->inputs; d++)
+            for (size_t p = range->first; p < range->first + range->count; p++)
+                m->out->inherited[d] -= m->forms[range->group].carry * m->state[d * P + p] * m->inherited[p];
     }
 }
 
@@ -28288,6 +31211,8 @@ static pk_status pk__sensing_run(pk__sensing *m)
         status = pk__sensing_batch(m, s);
         memcpy(m->next, m->w, P * sizeof *m->next);
     }
+    if (!status)
+        pk__sensing_inherited(m);
     return status ? status : pk__sensing_gradient(m, m->next, m->out->initial);
 }
 
@@ -28303,7 +31228,7 @@ static pk_status pk__sensing_finish(pk__sensing *m)
     }
     double worst = 0;
     for (size_t d = 0; d < out->inputs; d++) {
-        out->unattributed[d] = m->total[d] - out->data[d] - out->decay[d];
+        out->unattributed[d] = m->total[d] - out->data[d] - out->decay[d] - out->inherited[d];
         out->closure[d] = out->final[d] - out->initial[d] - m->total[d];
         worst = pk__worse(fabs(out->closure[d]), worst) ? fabs(out->closure[d]) : worst;
         out->scale = fmax(out->scale, fmax(fabs(out->initial[d]), fabs(out->final[d])));
@@ -28326,26 +31251,19 @@ static pk_status pk__sensing_results(pk_context *context, const pk_sensitivity_o
                                      pk_sensitivity *out)
 {
     const size_t D = out->inputs;
-    size_t matrix = 0, steps = 0, layers = 0;
-    if (!pk__multiply(out->examples, D, &matrix) ||
-        !pk__multiply(matrix, options->by_step ? out->steps : 0, &steps) ||
-        !pk__multiply(matrix, options->by_layer ? out->layers : 0, &layers) || matrix > SIZE_MAX / 64 ||
-        steps > SIZE_MAX / 64 || layers > SIZE_MAX / 64)
-        return pk__fail(context, PK_OVERFLOW, "sensitivity: the memory of its results overflows");
-    double *memory = NULL;
-    pk_status status = pk_allocate(context, matrix + steps + layers + 6 * D, sizeof *memory,
-                                   "the sensitivity's results", &memory);
-    if (status)
-        return status;
-    double **const vectors[] = {&out->initial, &out->final,        &out->data,
-                                &out->decay,   &out->unattributed, &out->closure};
-    out->by_example = memory;
-    memory += matrix;
-    for (size_t i = 0; i < 6; i++, memory += D)
-        *vectors[i] = memory;
-    out->by_step = options->by_step ? memory : NULL;
-    out->by_layer = options->by_layer ? memory + steps : NULL;
-    return PK_OK;
+    size_t matrix = 0;
+    pk_status status;
+    double **const vectors[] = {&out->initial,   &out->final,        &out->data,   &out->decay,
+                                &out->inherited, &out->unattributed, &out->closure};
+    pk__arena arena = {NULL, 0, 0, !pk__multiply(out->examples, D * sizeof(double), &matrix)};
+    do {
+        out->by_example = pk__arena_take(&arena, 1, matrix); /* never empty, so that it begins the memory */
+        for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++)
+            *vectors[i] = pk__arena_take(&arena, D, sizeof(double));
+        out->by_step = pk__arena_take(&arena, options->by_step ? out->steps : 0, matrix);
+        out->by_layer = pk__arena_take(&arena, options->by_layer ? out->layers : 0, matrix);
+    } while (pk__arena_again(context, &arena, "the sensitivity's results", &status));
+    return status;
 }
 
 PK_API void pk_sensitivity_release(pk_context *context, pk_sensitivity *sensitivity)
@@ -28380,36 +31298,32 @@ PK_API pk_status pk_sensitivity_at(pk_context *context, const pk_run *run, pk_ma
     if (status)
         return status;
     pk__sensing m;
-    void *block = NULL;
+    pk__arena arena = {NULL, 0, 0, 0};
     memset(&m, 0, sizeof m);
     m.context = context, m.run = run, m.options = options, m.out = out, m.input = input;
     m.block_count = run->graph.block_count;
     out->examples = run->examples, out->inputs = run->graph.input_width, out->steps = run->steps;
     out->layers = run->graph.columns;
-    status = pk__step_integral_begin(context, &run->graph, 1, &m.phi);
+    status = pk__sensing_results(context, options, out);
+    if (!status)
+        status = pk__step_integral_begin(context, &run->graph, 1, &m.phi);
     if (!status) {
-        pk__arena measured = {NULL, 0, 0, 0};
-        pk__sensing_take(&measured, &m);
-        status = measured.overflow ? pk__fail(context, PK_OVERFLOW, "sensitivity: its memory overflows")
-                                   : pk__sensing_results(context, options, out);
-        if (!status)
-            status = pk_allocate(context, measured.used, 1, "the sensitivity", &block);
-        if (!status)
-            status = pk_replay_prepare(context, run, run->steps, &m.replay);
-        if (!status && pk__walk_adapts(run))
-            status = pk_gradient_prepare(context, &run->graph, pk__largest_batch(run), &m.workspace);
-        if (!status) {
-            pk__arena arena = {block, measured.used, 0, 0};
+        do
             pk__sensing_take(&arena, &m);
-            status = pk__sensing_run(&m);
-        }
-        if (!status)
-            status = pk__sensing_finish(&m);
+        while (pk__arena_again(context, &arena, "the sensitivity", &status));
     }
+    if (!status)
+        status = pk_replay_prepare(context, run, run->steps, &m.replay);
+    if (!status && pk__walk_adapts(run))
+        status = pk_gradient_prepare(context, &run->graph, pk__largest_batch(run), &m.workspace);
+    if (!status)
+        status = pk__sensing_run(&m);
+    if (!status)
+        status = pk__sensing_finish(&m);
     pk_gradient_release(context, &m.workspace);
     pk__step_integral_end(&m.phi);
     pk_replay_release(context, &m.replay);
-    pk_release(context, block);
+    pk_release(context, arena.base);
     if (status && status != PK_NOT_CLOSED)
         pk_sensitivity_release(context, out);
     return status;
@@ -28577,18 +31491,10 @@ static pk_status pk__kernel_check_steps(pk_context *context, const pk_run *run,
     return PK_OK;
 }
 
-static pk_status pk__kernel_check_rule(pk_context *context, const pk_run *run, const pk_kernel_options *options)
+static pk_status pk__kernel_check_rule(pk_context *context, const pk_kernel_options *options)
 {
     const pk__kernel_row *row = &pk__kernel_rows[options->kind];
     const pk_quadrature *rule = &options->quadrature;
-    const pk_loss loss = run->criterion.loss;
-    if (options->kind == PK_KERNEL_LOSS_PATH && rule->rule == PK_RULE_AUTO &&
-        (loss == PK_L1 || loss == PK_HINGE || loss == PK_HUBER))
-        return pk__fail(
-            context, PK_UNSUPPORTED,
-            "%s: the loss %s has kinks of its own, which the rule auto does not find; take gauss with "
-            "many nodes, midpoint or left",
-            row->name, pk_loss_name(loss));
     if (!row->moves && rule->rule != PK_RULE_AUTO && rule->rule != PK_RULE_LEFT)
         return pk__fail(context, PK_ARGUMENT,
                         "%s takes its features at the weights themselves: no rule but left", row->name);
@@ -28637,7 +31543,7 @@ static pk_status pk__kernel_check_options(pk_context *context, const pk_run *run
         return pk__fail(context, PK_UNSUPPORTED,
                         "%s: the network has no matrix layer (dense, conv, embedding, attention)", row->name);
     pk_status status = pk__kernel_check_steps(context, run, options);
-    return status ? status : pk__kernel_check_rule(context, run, options);
+    return status ? status : pk__kernel_check_rule(context, options);
 }
 
 /* Rows of a side: their width, numbers and, where the kernel needs them, targets. */
@@ -28724,6 +31630,405 @@ PK_API pk_status pk_kernel_shape(pk_context *context, const pk_run *run, const p
 
 PK__END_COLD_CODE
 
+/* pathkernel/kernels/pieces.h: implementation */
+#include <float.h>
+#include <math.h>
+#include <string.h>
+PK__BEGIN_COLD_CODE
+
+PK__INTERNAL pk_status pk__pieces_append(pk_context *context, const char *name, pk__pieces *to,
+                                         const pk__piece *piece)
+{
+    if (to->count == to->capacity) {
+        const size_t capacity = 2 * pk__max(to->capacity, 128);
+        pk__piece *more = NULL;
+        const pk_status status = pk_allocate(context, capacity, sizeof *more, name, &more);
+        if (status)
+            return status;
+        if (to->count)
+            memcpy(more, to->piece, to->count * sizeof *more);
+        pk_release(context, to->piece);
+        to->piece = more;
+        to->capacity = capacity;
+    }
+    to->piece[to->count++] = *piece;
+    return PK_OK;
+}
+
+static void pk__pieces_search_take(pk__arena *arena, pk__piece_search *search)
+{
+    const pk_graph *graph = search->path->graph;
+    const size_t C = graph->output_width, samples = PK__PATH_DEGREE + 1;
+    search->now = pk__arena_take(arena, graph->node_count + 1, sizeof *search->now);
+    search->own = pk__arena_take(arena, graph->node_count + 1, sizeof *search->own);
+    search->slope = pk__arena_take(arena, C, PK__PIECE_POINTS * sizeof *search->slope);
+    search->root_capacity = pk__max(64, 4 * search->switches);
+    search->sampled.switch_values = pk__arena_take(arena, search->switches, samples * sizeof(pk_real));
+    search->sampled.coefficients = pk__arena_take(arena, search->switches, samples * sizeof(pk_real));
+    search->sampled.conversion =
+        pk__arena_take(arena, search->switches ? samples * samples : 0, sizeof(pk_real));
+    search->roots = pk__arena_take(arena, search->root_capacity, sizeof *search->roots);
+}
+
+PK__INTERNAL pk_status pk__pieces_prepare(pk_context *context, const char *name, pk__path *path,
+                                          const pk_criterion *criterion, int halves, double tolerance,
+                                          pk__piece_search *search)
+{
+    double weight[2 * PK__PIECE_NODES], finer[2 * PK__PIECE_NODES];
+    memset(search, 0, sizeof *search);
+    search->context = context;
+    search->name = name;
+    search->path = path;
+    search->criterion = criterion;
+    search->halves = halves;
+    search->tolerance = tolerance;
+    search->switches = pk__criterion_kinks(criterion, path->graph->output_width);
+    const int degree = path->graph->nodes[path->graph->node_count - 1].degree;
+    /* All but those of binary_cross_entropy are linear in the outputs. */
+    search->exact =
+        degree >= 0 && degree <= PK__PATH_DEGREE && pk__criterion_degree(criterion) >= 0 && !path->interpolates;
+    search->sampled.degree = search->exact ? (int)pk__max(2, (size_t)degree) : (int)PK__PATH_DEGREE;
+    pk_gauss_legendre(PK__PIECE_NODES, search->node, weight);
+    pk_gauss_legendre(2 * PK__PIECE_NODES, finer, weight);
+    /* Beside a kink, which an end may be, only the inside tells. */
+    const double end = path->graph->switched || search->switches ? 1e-6 : 0;
+    search->test[0] = end;
+    search->test[1] = finer[0];
+    search->test[2] = finer[2 * PK__PIECE_NODES - 1];
+    search->test[3] = 1 - end;
+    for (int i = 0; i < 4; i++)
+        for (int q = 0; q < PK__PIECE_NODES; q++)
+            search->interpolants[i * PK__PIECE_NODES + q] =
+                pk__lagrange(PK__PIECE_NODES, search->node, q, search->test[i]);
+    pk__arena measured = {NULL, 0, 0, 0};
+    pk__pieces_search_take(&measured, search);
+    if (measured.overflow)
+        return pk__fail(context, PK_OVERFLOW, "%s: the memory for this network overflows", name);
+    const pk_status status = pk_allocate(context, measured.used, 1, name, &search->memory);
+    pk__arena arena = {search->memory, measured.used, 0, 0};
+    if (status)
+        return status;
+    pk__pieces_search_take(&arena, search);
+    if (search->switches)
+        pk__bernstein_conversion(search->sampled.degree, search->sampled.conversion);
+    pk__chebyshev_tail(search->sampled.tail);
+    return PK_OK;
+}
+
+PK__INTERNAL void pk__pieces_release(pk__piece_search *search)
+{
+    if (!search->path)
+        return;
+    pk_release(search->context, search->lists[0].piece);
+    pk_release(search->context, search->lists[1].piece);
+    pk_release(search->context, search->memory);
+    memset(search, 0, sizeof *search);
+}
+
+/* ---- kinks of the loss ----------------------------------------------------------------------------------- */
+
+/* The loss's switch functions at `count` points of row 0: count x switches. */
+static void pk__pieces_switches(pk__piece_search *search, const pk_real *target, size_t count, const pk_real *t,
+                                pk_real *to)
+{
+    static const size_t zero[PK__PATH_DEGREE + 1] = {0};
+    const size_t C = search->path->graph->output_width;
+    pk__path_forward(search->path, count, zero, t);
+    for (size_t p = 0; p < count; p++)
+        pk__criterion_switches(search->criterion, C, pk__pass_output(&search->path->tape) + p * C, target,
+                               to + p * search->switches);
+}
+
+/* Moves the root of an interpolant to that of the function: the secant method, as long as it reduces the function. */
+static void pk__pieces_refine(pk__piece_search *search, const pk_real *target, const pk__piece *piece,
+                              pk__root *root)
+{
+    double best = INFINITY, best_t = root->t, slope = root->slope, t = root->t, last_t = 0, last = 0;
+    for (int step = 0; step < 8; step++) {
+        pk_real at = (pk_real)t;
+        pk__pieces_switches(search, target, 1, &at, search->sampled.switch_values);
+        const double value = search->sampled.switch_values[root->at];
+        if (!(fabs(value) < best))
+            break;
+        if (step && t != last_t && value != last)
+            slope = (value - last) / (t - last_t);
+        best = fabs(value), best_t = t;
+        last = value, last_t = t;
+        t = fmin(fmax(t - value / slope, piece->a), piece->b);
+        if (!(fabs(t - last_t) > DBL_EPSILON * fabs(t)))
+            break;
+    }
+    root->t = best_t;
+}
+
+/* Appends the parts of a piece between the kinks of the loss. */
+static pk_status pk__pieces_kinks(pk__piece_search *search, const pk__piece *piece, const pk_real *target,
+                                  int depth, pk__pieces *to)
+{
+    const int degree = search->sampled.degree;
+    pk_real t[PK__PATH_DEGREE + 1];
+    for (int k = 0; k <= degree; k++)
+        t[k] = (pk_real)(piece->a + (piece->b - piece->a) * pk__sample_node(degree, k));
+    pk__pieces_switches(search, target, (size_t)degree + 1, t, search->sampled.switch_values);
+    pk__root_sink sink = {piece->a, piece->b, 0, 0, 0, search->roots, 0, search->root_capacity};
+    const int shortest = piece->b - piece->a <= PK__SHORTEST_SEARCH;
+    const int undecided =
+        pk__piece_roots(&search->sampled, 0, search->exact, shortest, search->switches, 0, &sink);
+    if (undecided || sink.count > sink.capacity) {
+        pk__piece half = *piece;
+        if (depth >= PK__PIECE_DEPTH)
+            return pk__fail(search->context, PK_UNSUPPORTED,
+                            "%s: the loss has more kinks in one step of a row than there is room for",
+                            search->name);
+        half.b = 0.5 * (piece->a + piece->b);
+        const pk_status status = pk__pieces_kinks(search, &half, target, depth + 1, to);
+        half.a = half.b, half.b = piece->b;
+        return status ? status : pk__pieces_kinks(search, &half, target, depth + 1, to);
+    }
+    for (size_t r = 0; !search->exact && r < sink.count; r++)
+        pk__pieces_refine(search, target, piece, &sink.roots[r]);
+    pk__sort_roots(sink.count, sink.roots);
+    pk__piece part = *piece;
+    for (size_t r = 0; r < sink.count; r++) {
+        if (sink.roots[r].t - part.a <= 4 * PK__EPSILON || piece->b - sink.roots[r].t <= 4 * PK__EPSILON)
+            continue;
+        part.b = sink.roots[r].t;
+        const pk_status status = pk__pieces_append(search->context, search->name, to, &part);
+        if (status)
+            return status;
+        part.a = part.b;
+    }
+    part.b = piece->b;
+    return pk__pieces_append(search->context, search->name, to, &part);
+}
+
+/* ---- pieces that are halved ------------------------------------------------------------------------------ */
+
+/* Whether the numbers at the tests are those of the interpolant through the nodes: values, points x width, and what an error
+ * costs. *largest: of the values. */
+static double pk__pieces_error(const pk__piece_search *search, size_t width, const pk_real *values,
+                               double *largest)
+{
+    double error = 0;
+    *largest = 0;
+    for (size_t p = 0; p < PK__PIECE_POINTS * width; p++)
+        *largest = fmax(*largest, fabs((double)values[p]));
+    for (int i = 0; i < 4 && *largest > 0; i++)
+        for (size_t u = 0; u < width; u++) {
+            double sum = -(double)values[(PK__PIECE_NODES + (size_t)i) * width + u];
+            for (size_t q = 0; q < PK__PIECE_NODES; q++)
+                sum += search->interpolants[(size_t)i * PK__PIECE_NODES + q] * values[q * width + u];
+            error = fmax(error, fabs(sum));
+        }
+    return isfinite(*largest) ? error : 0; /* the product will say it */
+}
+
+/* Whether a piece is short enough for smooth operations (target == NULL), or the loss. Sizes go into search->own. */
+static int pk__pieces_measure(pk__piece_search *search, const pk__piece *piece, const pk_real *target)
+{
+    static const size_t zero[PK__PIECE_POINTS] = {0};
+    const pk_graph *graph = search->path->graph;
+    const size_t C = graph->output_width;
+    const double length = piece->b - piece->a;
+    pk__tape *tape = &search->path->tape;
+    pk_real t[PK__PIECE_POINTS];
+    int good = 1;
+    for (int q = 0; q < PK__PIECE_POINTS; q++)
+        t[q] = (pk_real)(piece->a +
+                         length * (q < PK__PIECE_NODES ? search->node[q] : search->test[q - PK__PIECE_NODES]));
+    pk__path_forward(search->path, PK__PIECE_POINTS, zero, t);
+    if (target) {
+        double largest;
+        for (size_t p = 0; p < PK__PIECE_POINTS; p++)
+            pk_criterion_gradient(search->criterion, C, pk__pass_output(tape) + p * C, target,
+                                  search->slope + p * C);
+        const double error = length * pk__pieces_error(search, C, search->slope, &largest);
+        double *own = &search->own[graph->node_count];
+        *own = length * largest;
+        return error <=
+               search->tolerance *
+                       fmax(fmax(search->size[graph->node_count], search->now[graph->node_count]), *own) +
+                   64 * PK__EPSILON * *own;
+    }
+    pk__path_tangent(search->path, 0, PK__PIECE_POINTS, zero, t);
+    for (size_t n = 1; n < graph->node_count; n++) {
+        const pk_node *node = &graph->nodes[n];
+        search->own[n] = 0;
+        if (!node->varies || node->operation->smoothness != PK_SMOOTH || node->input_constant)
+            continue;
+        const size_t W = node->width;
+        const pk_real *value = tape->value[n], *tangent = tape->tangent[n];
+        const pk_real *in = graph->nodes[node->inputs[0]].varies ? tape->tangent[node->inputs[0]] : NULL;
+        double height, steep, pushed = 0, apart = 0;
+        const double error = pk__pieces_error(search, W, value, &height),
+                     bent = length * pk__pieces_error(search, W, tangent, &steep);
+        for (size_t u = 0; u < W; u++)
+            apart = fmax(apart, fabs((double)value[(PK__PIECE_POINTS - 1) * W + u] -
+                                     (double)value[PK__PIECE_NODES * W + u]));
+        for (size_t p = 0; in && p < PK__PIECE_POINTS * graph->nodes[node->inputs[0]].width; p++)
+            pushed = fmax(pushed, fabs((double)in[p]));
+        search->own[n] = fmax(apart, length * steep);
+        const double allowed = search->tolerance * fmax(fmax(search->size[n], search->now[n]), search->own[n]);
+        good &= error <= allowed + 64 * PK__EPSILON * height &&
+                bent <= allowed + 64 * PK__EPSILON * length * fmax(steep, pushed);
+    }
+    return good;
+}
+
+/* Halves pieces, level by level, until each is short enough; appends them, not sorted. */
+static pk_status pk__pieces_halve(pk__piece_search *search, size_t count, const pk__piece *pieces,
+                                  const pk_real *target, pk__pieces *to)
+{
+    const size_t nodes = search->path->graph->node_count + 1, before = to->count;
+    pk__pieces *now = &search->lists[0], *next = &search->lists[1];
+    pk_status status = PK_OK;
+    memset(search->own, 0, nodes * sizeof *search->own);
+    now->count = next->count = 0;
+    for (size_t i = 0; !status && i < count; i++)
+        status = pk__pieces_append(search->context, search->name, now, &pieces[i]);
+    for (int depth = 0; !status && now->count; depth++) {
+        next->count = 0;
+        memset(search->now, 0, nodes * sizeof *search->now);
+        for (size_t i = 0; !status && i < now->count; i++) {
+            pk__piece piece = now->piece[i];
+            const int good = pk__pieces_measure(search, &piece, target);
+            for (size_t n = 0; n < nodes; n++)
+                search->now[n] += search->own[n];
+            /* A length that t cannot tell apart is no length. */
+            const int last = depth == PK__PIECE_DEPTH || piece.b - piece.a < 32 * PK__EPSILON * piece.b ||
+                             to->count - before + next->count + now->count - i > PK__PIECES_OF_ROW;
+            if (good || last) {
+                status = pk__pieces_append(search->context, search->name, to, &piece);
+                continue;
+            }
+            const double middle = 0.5 * (piece.a + piece.b), end = piece.b;
+            piece.b = middle;
+            status = pk__pieces_append(search->context, search->name, next, &piece);
+            piece.a = middle, piece.b = end;
+            if (!status)
+                status = pk__pieces_append(search->context, search->name, next, &piece);
+        }
+        for (size_t n = 0; n < nodes; n++)
+            search->size[n] = fmax(search->size[n], search->now[n]);
+        const pk__pieces swap = *now;
+        *now = *next, *next = swap;
+    }
+    return status;
+}
+
+static void pk__pieces_sort(pk__pieces *to, size_t first)
+{
+    pk__pieces added = {to->count - first, to->count - first, to->piece ? to->piece + first : NULL};
+    pk__sort_pieces(&added, pk__precedes_by_place);
+}
+
+PK__INTERNAL pk_status pk__pieces_split(pk__piece_search *search, size_t count, const pk__piece *pieces,
+                                        const pk_real *target, double *size, pk__pieces *to)
+{
+    const size_t first = to->count;
+    search->size = size;
+    pk__pieces found = {0, 0, NULL}, parted = {0, 0, NULL};
+    pk_status status = PK_OK;
+    if (search->halves)
+        status = pk__pieces_halve(search, count, pieces, NULL, &found);
+    for (size_t i = 0; !status && !search->halves && i < count; i++)
+        status = pk__pieces_append(search->context, search->name, &found, &pieces[i]);
+    if (!status)
+        pk__pieces_sort(&found, 0);
+    for (size_t i = 0; !status && i < found.count; i++)
+        status = search->switches ? pk__pieces_kinks(search, &found.piece[i], target, 0, &parted)
+                                  : pk__pieces_append(search->context, search->name, &parted, &found.piece[i]);
+    /* Polynomials of the outputs are as smooth as these; the slope of binary_cross_entropy alone says nothing: it is large where
+     * that of the outputs is small. */
+    const int bends = pk__criterion_degree(search->criterion) < 0 && search->criterion && !search->switches;
+    if (!status && search->halves && bends)
+        status = pk__pieces_halve(search, parted.count, parted.piece, target, to);
+    else
+        for (size_t i = 0; !status && i < parted.count; i++)
+            status = pk__pieces_append(search->context, search->name, to, &parted.piece[i]);
+    if (!status)
+        pk__pieces_sort(to, first);
+    pk_release(search->context, found.piece);
+    pk_release(search->context, parted.piece);
+    return status;
+}
+
+/* ---- steps on which nothing moves far -------------------------------------------------------------------- */
+
+/* How far an input may move, of operations for which that is a number; 0: it must be small beside the input itself. */
+static double pk__steady_move(const pk_node *node)
+{
+    static const char *const relative[] = {"log", "power", "normalize", "rms_normalize", "attend"};
+    static const char *const scaled[] = {"softplus", "sine"};
+    for (size_t i = 0; i < sizeof relative / sizeof *relative; i++)
+        if (strcmp(node->operation->name, relative[i]) == 0)
+            return 0;
+    for (size_t i = 0; i < sizeof scaled / sizeof *scaled; i++)
+        if (strcmp(node->operation->name, scaled[i]) == 0)
+            return 1 / fmax(fabs(node->attributes[0]), 1e-300);
+    return 1;
+}
+
+/* Whether numbers at three points of a row (each `width`) stay near each other: within `move`, or within a part of themselves. */
+static int pk__steady_numbers(size_t width, const pk_real *at, double move)
+{
+    double largest = 0, apart = 0;
+    int small = 1;
+    for (size_t u = 0; u < width; u++) {
+        const double a = at[u], b = at[width + u], c = at[2 * width + u], most = fmax(fabs(a - b), fabs(c - b)),
+                     size = fmin(fmin(fabs(a), fabs(b)), fabs(c));
+        largest = fmax(largest, size);
+        apart = fmax(apart, most);
+        small &= most <= 0.125 * size;
+    }
+    return move > 0 ? apart <= move : small || apart <= 0.03 * largest;
+}
+
+PK__INTERNAL int pk__rows_are_steady(pk__path *path, size_t rows, const pk_criterion *criterion)
+{
+    const pk_graph *graph = path->graph;
+    const size_t some = pk__max(1, path->point_capacity / 3), last = graph->node_count - 1;
+    const int bends = criterion && pk__criterion_degree(criterion) < 0 && !pk__criterion_kinks(criterion, 1);
+    for (size_t first = 0; first < rows; first += some) {
+        const size_t count = pk__min(some, rows - first);
+        for (size_t p = 0; p < 3 * count; p++) {
+            path->point_row[p] = first + p / 3;
+            path->point_t[p] = (pk_real)0.5 * (pk_real)(p % 3);
+        }
+        pk__path_forward(path, 3 * count, path->point_row, path->point_t);
+        for (size_t n = 1; n < graph->node_count; n++) {
+            const pk_node *node = &graph->nodes[n];
+            const size_t input = (size_t)node->inputs[0], W = graph->nodes[input].width;
+            if (!node->varies)
+                continue;
+            if (node->operation->smoothness == PK_SMOOTH && !node->input_constant) {
+                const double move = pk__steady_move(node);
+                for (size_t r = 0; graph->nodes[input].varies && r < count; r++)
+                    if (!pk__steady_numbers(W, path->tape.value[input] + 3 * r * W, move) ||
+                        (move == 0 &&
+                         !pk__steady_numbers(node->width, path->tape.value[n] + 3 * r * node->width, 0.1)))
+                        return 0;
+            }
+        }
+        for (size_t r = 0; bends && graph->nodes[last].varies && r < count; r++)
+            if (!pk__steady_numbers(graph->output_width, path->tape.value[last] + 3 * r * graph->output_width,
+                                    1))
+                return 0;
+    }
+    /* Three points tell nothing of what could happen between them where weights move by much. */
+    for (size_t n = 1; n < graph->node_count; n++) {
+        const pk_node *node = &graph->nodes[n];
+        double largest = 0;
+        for (size_t p = 0; p < node->weight_count; p++)
+            largest = fmax(largest, fabs((double)path->direction[node->weight_offset + p]));
+        if (largest * (double)pk__max(1, node->fan_in) > 16)
+            return 0;
+    }
+    return 1;
+}
+
+PK__END_COLD_CODE
+
 /* pathkernel/kernels/along.h: implementation */
 #include <math.h>
 #include <string.h>
@@ -28734,6 +32039,7 @@ enum {
     PK__ALONG_DEPTH = 40,     /* halvings of a piece, */
     PK__ALONG_HALVINGS = 512, /* of a step */
     PK__ALONG_REFINED = 4,    /* halvings of all pieces of rows with kinks */
+    PK__ALONG_WINDOW = 16,    /* more pieces of a row are not multiplied with all of another one's */
     PK__ALONG_ROWS = 16,      /* rows whose kinks are found together */
     PK__ALONG_POINTS = 256,   /* of the left side at one time; more where one row has more */
     PK__ALONG_TILE = 1 << 21  /* numbers of a product of points */
@@ -28924,6 +32230,7 @@ typedef struct pk__along_side {
     int moves;
     pk__pieces pieces; /* by row and place */
     size_t *first;     /* of each row: its first piece; one more at the end */
+    double *size;      /* of each row: see pk__pieces_split; or NULL */
     /* Of the tile: */
     size_t start, rows, points;
     pk_real *inputs, *t, *targets;
@@ -28933,6 +32240,7 @@ typedef struct pk__along_side {
 typedef struct pk__along_rows {
     pk__path path;
     pk__pieces found;
+    int far; /* some activation moves far: pieces are halved */
     void *memory;
 } pk__along_rows;
 
@@ -28946,26 +32254,6 @@ static void pk__along_rows_take(pk__arena *arena, const pk__along *along, pk__al
     const size_t points = 64;
     pk__path_take(arena, along->graph, PK__ALONG_ROWS, points, 1, 1, pk__along_pieces(), 0, &rows->path);
     pk__pieces_take(arena, pk__along_pieces(), &rows->found);
-}
-
-/* Appends a piece; its memory grows. */
-static pk_status pk__along_push(pk__along *along, pk__along_side *side, const pk__piece *piece)
-{
-    pk__pieces *to = &side->pieces;
-    if (to->count == to->capacity) {
-        const size_t capacity = 2 * pk__max(to->capacity, 128);
-        pk__piece *more = NULL;
-        const pk_status status = pk_allocate(along->context, capacity, sizeof *more, along->name, &more);
-        if (status)
-            return status;
-        if (to->count)
-            memcpy(more, to->piece, to->count * sizeof *more);
-        pk_release(along->context, to->piece);
-        to->piece = more;
-        to->capacity = capacity;
-    }
-    to->piece[to->count++] = *piece;
-    return PK_OK;
 }
 
 /* The pieces of some rows between a and b; of half the rows, then of half as long pieces, where there is no room. */
@@ -29000,32 +32288,72 @@ static pk_status pk__along_split(pk__along *along, pk__along_rows *rows, pk__alo
         pk__piece piece = rows->found.piece[i];
         piece.row += first;
         if (piece.b > piece.a)
-            status = pk__along_push(along, side, &piece);
+            status = pk__pieces_append(along->context, along->name, &side->pieces, &piece);
     }
     return status;
 }
 
-/* All pieces of a side, cut into 2^halved parts. */
-static pk_status pk__along_find(pk__along *along, pk__along_rows *rows, pk__along_side *side, int halved)
+/* Cuts the pieces of each row further, at the kinks of the loss and where the row's gradient is no polynomial. */
+static pk_status pk__along_cut(pk__along *along, pk__along_rows *rows, pk__along_side *side)
+{
+    const pk_graph *graph = along->graph;
+    const pk__gram_rows_of *of = side->of;
+    const pk_criterion *criterion = of->seeds == PK__SEEDS_LOSS ? along->criterion : NULL;
+    pk__pieces cut = {0, 0, NULL};
+    pk__piece_search search;
+    if (!rows->far && !pk__criterion_kinks(criterion, graph->output_width))
+        return PK_OK;
+    const size_t sizes = graph->node_count + 1;
+    pk_status status = pk__pieces_prepare(along->context, along->name, &rows->path, criterion, rows->far,
+                                          0.1 * along->tolerance, &search);
+    if (!status && !side->size) {
+        status =
+            pk_allocate(along->context, of->rows.rows, sizes * sizeof *side->size, along->name, &side->size);
+        for (size_t i = 0; !status && i < of->rows.rows * sizes; i++)
+            side->size[i] = 0;
+    }
+    for (size_t i = 0, end; !status && i < side->pieces.count; i = end) {
+        const size_t r = side->pieces.piece[i].row;
+        for (end = i; end < side->pieces.count && side->pieces.piece[end].row == r;)
+            end++;
+        pk__path_begin(&rows->path, graph->tied ? along->spread : along->w,
+                       graph->tied ? along->spread + graph->spread : along->direction, NULL, 1,
+                       of->rows.data + r * of->rows.ld);
+        status = pk__pieces_split(&search, end - i, side->pieces.piece + i,
+                                  criterion ? of->targets + r * graph->output_width : NULL,
+                                  side->size + r * sizes, &cut);
+    }
+    pk__pieces_release(&search);
+    const pk__pieces before = side->pieces;
+    side->pieces = status ? before : cut;
+    pk_release(along->context, status ? cut.piece : before.piece);
+    return status;
+}
+
+/* All pieces of a side between a and b, cut into 2^halved parts. */
+static pk_status pk__along_find(pk__along *along, pk__along_rows *rows, pk__along_side *side, double a,
+                                double b, int halved)
 {
     const size_t count = side->of->rows.rows, parts = (size_t)1 << halved;
     pk_status status = PK_OK;
     if (!side->first)
         status = pk_allocate(along->context, count + 1, sizeof *side->first, along->name, &side->first);
     side->pieces.count = 0;
-    for (size_t r = 0; !status && r < count; r += PK__ALONG_ROWS)
-        for (size_t part = 0; !status && part < (side->moves ? 1 : 0); part++)
-            status = pk__along_split(along, rows, side, r, pk__min(PK__ALONG_ROWS, count - r), 0, 1, 0);
+    for (size_t r = 0; !status && r < count && side->moves; r += PK__ALONG_ROWS)
+        status = pk__along_split(along, rows, side, r, pk__min(PK__ALONG_ROWS, count - r), a, b, 0);
     for (size_t r = 0; !status && r < count && !side->moves; r++) {
         pk__piece piece;
         memset(&piece, 0, sizeof piece);
         piece.row = r;
-        piece.b = 1;
-        status = pk__along_push(along, side, &piece);
+        piece.a = a;
+        piece.b = b;
+        status = pk__pieces_append(along->context, along->name, &side->pieces, &piece);
     }
     if (status)
         return status;
     pk__sort_pieces(&side->pieces, pk__precedes_by_place);
+    if (side->moves)
+        status = pk__along_cut(along, rows, side);
     const size_t found = side->pieces.count;
     for (size_t i = 0; side->moves && parts > 1 && !status && i < found; i++) {
         const pk__piece whole = side->pieces.piece[i];
@@ -29035,9 +32363,11 @@ static pk_status pk__along_find(pk__along *along, pk__along_rows *rows, pk__alon
             pk__piece piece = whole;
             piece.a = whole.a + (double)k * length;
             piece.b = k + 1 < parts ? whole.a + (double)(k + 1) * length : whole.b;
-            status = pk__along_push(along, side, &piece);
+            status = pk__pieces_append(along->context, along->name, &side->pieces, &piece);
         }
     }
+    if (status)
+        return status;
     pk__sort_pieces(&side->pieces, pk__precedes_by_place);
     size_t i = 0;
     for (size_t r = 0; r <= count; r++) {
@@ -29045,52 +32375,76 @@ static pk_status pk__along_find(pk__along *along, pk__along_rows *rows, pk__alon
             i++;
         side->first[r] = i;
     }
-    return status;
+    return PK_OK;
 }
 
-/* How far the rule's integral of df/dt misses the change of f of a side's rows, of the largest |df/dt|; what rounding of f
- * explains is 0. */
-static pk_status pk__along_closure(pk__along *along, pk__along_rows *rows, const pk__along_side *side,
-                                   int nodes, double *worst)
+/* The most pieces that a row of a side has. */
+static size_t pk__along_most(const pk__along_side *side)
+{
+    size_t most = 0;
+    for (size_t r = 0; r < side->of->rows.rows; r++)
+        most = pk__max(most, side->first[r + 1] - side->first[r]);
+    return most;
+}
+
+/* How far the rule's integral of df/dt over [a, b] misses the change of f of a side's rows, of the largest |df/dt|; what rounding
+ * of f explains is 0. f: the outputs, or the loss where its gradients, polynomials in the outputs, are integrated. */
+static pk_status pk__along_closure(pk__along *along, pk__along_rows *rows, const pk__along_side *side, double a,
+                                   double b, int nodes, double *worst)
 {
     const pk_graph *graph = along->graph;
-    const pk_matrix *inputs = &side->of->rows;
-    const size_t C = graph->output_width, last = graph->node_count - 1, count = inputs->rows;
+    const pk__gram_rows_of *of = side->of;
+    const int kinks = of->seeds == PK__SEEDS_LOSS && pk__criterion_degree(along->criterion) >= 0;
+    const pk_criterion *criterion = kinks ? along->criterion : NULL;
+    const size_t C = graph->output_width, kept = criterion ? 1 : C, last = graph->node_count - 1;
+    const size_t count = of->rows.rows;
     double *change = NULL, node[PK__ALONG_ORDER + 1], weight[PK__ALONG_ORDER + 1], largest = 0;
-    pk_status status = pk_allocate(along->context, count, 3 * C * sizeof *change, along->name, &change);
-    double *start = change ? change + count * C : NULL, *end = start ? start + count * C : NULL;
+    pk_real *seed = NULL;
+    pk_status status = pk_allocate(along->context, count, 3 * kept * sizeof *change, along->name, &change);
+    if (!status)
+        status = pk_allocate(along->context, C, sizeof *seed, along->name, &seed);
+    double *start = change ? change + count * kept : NULL, *end = start ? start + count * kept : NULL;
     pk_gauss_legendre(nodes, node, weight);
     for (size_t r = 0; !status && r < count; r++) {
         pk_real t[PK__ALONG_ORDER + 1];
         size_t zero[PK__ALONG_ORDER + 1] = {0};
+        const pk_real *f = pk__pass_output(&rows->path.tape), *target = criterion ? of->targets + r * C : NULL;
         pk__path_begin(&rows->path, graph->tied ? along->spread : along->w,
                        graph->tied ? along->spread + graph->spread : along->direction, NULL, 1,
-                       inputs->data + r * inputs->ld);
-        t[0] = 0, t[1] = 1;
+                       of->rows.data + r * of->rows.ld);
+        t[0] = (pk_real)a, t[1] = (pk_real)b;
         pk__path_forward(&rows->path, 2, zero, t);
-        for (size_t c = 0; c < C; c++) {
-            start[r * C + c] = pk__pass_output(&rows->path.tape)[c];
-            end[r * C + c] = pk__pass_output(&rows->path.tape)[C + c];
+        for (size_t c = 0; c < kept; c++) {
+            start[r * kept + c] = criterion ? pk_criterion_value(criterion, C, f, target) : (double)f[c];
+            end[r * kept + c] = criterion ? pk_criterion_value(criterion, C, f + C, target) : (double)f[C + c];
         }
-        for (size_t i = side->first[r]; i < side->first[r + 1]; i++) {
+        for (size_t i = side->first[r]; i < side->first[r + 1] && graph->nodes[last].varies; i++) {
             const pk__piece *piece = &side->pieces.piece[i];
             for (int q = 0; q < nodes; q++)
                 t[q] = (pk_real)(piece->a + (piece->b - piece->a) * node[q]);
             pk__path_forward(&rows->path, (size_t)nodes, zero, t);
             pk__path_tangent(&rows->path, 0, (size_t)nodes, zero, t);
-            for (int q = 0; q < nodes && graph->nodes[last].varies; q++)
-                for (size_t c = 0; c < C; c++) {
-                    const double slope = rows->path.tape.tangent[last][(size_t)q * C + c];
-                    change[r * C + c] += (piece->b - piece->a) * weight[q] * slope;
+            for (int q = 0; q < nodes; q++) {
+                const pk_real *tangent = rows->path.tape.tangent[last] + (size_t)q * C;
+                if (criterion)
+                    pk_criterion_gradient(criterion, C, f + (size_t)q * C, target, seed);
+                for (size_t c = 0; c < kept; c++) {
+                    double slope = tangent[c];
+                    for (size_t k = criterion ? 0 : C; k < C; k++)
+                        slope = (k ? slope : 0) + (double)seed[k] * tangent[k];
+                    change[r * kept + c] += (piece->b - piece->a) * weight[q] * slope;
                     largest = fmax(largest, fabs(slope));
                 }
+            }
         }
     }
-    for (size_t i = 0; !status && i < count * C; i++) {
+    for (size_t i = 0; !status && i < count * kept; i++) {
         const double f = fmax(fabs(start[i]), fabs(end[i])), miss = fabs(end[i] - start[i] - change[i]);
-        if (largest > 0 && miss > (sizeof(pk_real) == sizeof(float) ? 2e-6 : 1e-14) * fmax(f, largest))
+        if (largest > 0 &&
+            miss > (sizeof(pk_real) == sizeof(float) ? 2e-6 : 1e-14) * fmax(f, (b - a) * largest))
             *worst = fmax(*worst, miss / largest);
     }
+    pk_release(along->context, seed);
     pk_release(along->context, change);
     return status;
 }
@@ -29242,11 +32596,133 @@ static void pk__along_side_release(const pk__along *along, pk__along_side *side)
     pk_release(along->context, side->inputs);
     pk_release(along->context, side->pieces.piece);
     pk_release(along->context, side->first);
+    pk_release(along->context, side->size);
 }
 
-/* result = the integral where rows have kinks of their own. */
+/* Whether nothing of these rows moves far. */
+static int pk__along_steady(pk__along *along, pk__along_rows *rows, const pk__gram_rows_of *of)
+{
+    const pk_graph *graph = along->graph;
+    for (size_t r = 0; r < of->rows.rows; r += PK__ALONG_ROWS) {
+        const size_t count = pk__min(PK__ALONG_ROWS, of->rows.rows - r);
+        if (of->rows.ld != of->rows.cols)
+            return 0;
+        pk__path_begin(&rows->path, graph->tied ? along->spread : along->w,
+                       graph->tied ? along->spread + graph->spread : along->direction, NULL, count,
+                       of->rows.data + r * of->rows.ld);
+        if (!pk__rows_are_steady(&rows->path, count, of->seeds == PK__SEEDS_LOSS ? along->criterion : NULL))
+            return 0;
+    }
+    return 1;
+}
+
+/* The degree in t of the gradients of a side between kinks; -1: they are no polynomials. */
+static int pk__along_degree(const pk__along *along, const pk__gram_rows_of *of)
+{
+    const pk_graph *graph = along->graph;
+    const int inner = graph->degree > 1 ? graph->degree - 1 : 0;
+    const int outer = of->seeds == PK__SEEDS_LOSS ? pk__criterion_degree(along->criterion) : 0;
+    return graph->degree < 0 || graph->surrogate || outer < 0 ? -1 : inner + outer * graph->degree;
+}
+
+/* What the rounding of t makes of an integral over short pieces, relative to it: points of a piece are off by a part of its
+ * length. */
+static double pk__along_blur(const pk__along_side *side)
+{
+    double blur = 0;
+    for (size_t i = 0; side->moves && i < side->pieces.count; i++) {
+        const pk__piece *piece = &side->pieces.piece[i];
+        blur = fmax(blur, 4 * PK__EPSILON * piece->b / (piece->b - piece->a));
+    }
+    return blur;
+}
+
+/* result += the integral over [a, b], where rows have pieces of their own. */
+static pk_status pk__along_window(pk__along *along, pk__along_rows *rows, pk__along_side sides[2], int same,
+                                  double a, double b, int depth, unsigned char *order, size_t numbers,
+                                  double *result)
+{
+    const pk_graph *graph = along->graph;
+    const int both = sides[0].moves && sides[1].moves;
+    int degree = -1, exact = graph->degree <= PK__PATH_DEGREE && !rows->path.interpolates;
+    for (int s = 0; s < 2; s++) {
+        const int own = sides[s].moves ? pk__along_degree(along, sides[s].of) : 0;
+        exact &= own >= 0;
+        degree = own > degree ? own : degree;
+    }
+    int nodes = both ? degree + 1 : degree / 2 + 1, done = 0;
+    exact &= nodes <= PK__ALONG_ORDER;
+    if (!exact)
+        nodes = rows->far ? PK__PIECE_NODES : *order ? *order : 3;
+    double missed = 0;
+    pk_status status = PK_OK;
+    const int refined = rows->far ? 1 : PK__ALONG_REFINED; /* of pieces that are short enough already */
+    for (int halved = 0; !status && !done && halved <= refined; halved++) {
+        double before = INFINITY;
+        for (int s = 0; !status && s < 2; s++)
+            status = pk__along_find(along, rows, &sides[s], a, b, halved);
+        /* All pieces of one row are multiplied with all of another: where there are many, those that are near. */
+        if (!status && rows->far && !halved && depth < PK__ALONG_DEPTH &&
+            along->halvings < PK__ALONG_HALVINGS &&
+            pk__max(pk__along_most(&sides[0]), pk__along_most(&sides[1])) > PK__ALONG_WINDOW) {
+            const double middle = 0.5 * (a + b);
+            along->halvings++;
+            status = pk__along_window(along, rows, sides, same, a, middle, depth + 1, order, numbers, result);
+            return status ? status
+                          : pk__along_window(along, rows, sides, same, middle, b, depth + 1, order, numbers,
+                                             result);
+        }
+        if (!status)
+            status = pk__along_meet(along, &sides[0], &sides[1], nodes, numbers,
+                                    exact ? along->fine : along->coarse);
+        if (!status && exact) {
+            memcpy(along->coarse, along->fine, numbers * sizeof *along->fine);
+            pk__along_apart(along, numbers);
+            done = 1;
+        }
+        for (int tried = 0; !status && !done; nodes++, tried++) {
+            status = pk__along_meet(along, &sides[0], &sides[1], nodes + 1, numbers, along->fine);
+            const double apart = pk__along_apart(along, numbers), allowed = pk__along_allowed(along);
+            const int last = halved == refined || graph->surrogate;
+            done = !status && (apart <= allowed || (last && nodes + 1 >= PK__ALONG_ORDER));
+            if (done) {
+                along->error += apart;
+                along->refused += apart > allowed;
+                *order = (unsigned char)(apart < 1e-3 * allowed && nodes > 1 ? nodes - 1 : nodes);
+                break;
+            }
+            if (nodes + 1 >= PK__ALONG_ORDER || (!last && tried >= 4 && apart > before / 2))
+                break;
+            before = apart;
+            pk__along_swap(along);
+        }
+        if (!done)
+            nodes = 4;
+    }
+    for (int s = 0; s < (same ? 1 : 2) && !status && !graph->surrogate; s++)
+        if (sides[s].moves)
+            status = pk__along_closure(along, rows, &sides[s], a, b, (int)pk__min(nodes + 1, PK__ALONG_ORDER),
+                                       &missed);
+    if (status)
+        return status;
+    double largest = 0;
+    for (size_t i = 0; i < numbers; i++) {
+        result[i] += along->fine[i];
+        largest = fmax(largest, fabs(along->fine[i]));
+    }
+    missed *= along->scale;
+    if (rows->far) /* between kinks, short pieces are a small part of the integral */
+        missed += fmax(pk__along_blur(&sides[0]), pk__along_blur(&sides[1])) * largest;
+    along->error += missed;
+    along->refused += missed > pk__along_allowed(along);
+    return PK_OK;
+}
+
+/* result = the integral where rows have pieces of their own, or, where neither network nor loss have kinks and the rows are
+ * steady, untouched with *steady = 1. */
 static pk_status pk__along_kinked(pk__along *along, const pk__gram_rows_of *left, const pk__gram_rows_of *right,
-                                  const int moves[2], unsigned char *order, size_t numbers, double *result)
+                                  const int moves[2], unsigned char *order, size_t numbers, double *result,
+                                  int *steady)
 {
     const pk_graph *graph = along->graph;
     pk__along_side sides[2];
@@ -29264,55 +32740,20 @@ static pk_status pk__along_kinked(pk__along *along, const pk__gram_rows_of *left
         return status;
     pk__arena arena = {rows.memory, measured.used, 0, 0};
     pk__along_rows_take(&arena, along, &rows);
-    const int degree = graph->degree, both = moves[0] && moves[1];
-    const int exact = degree >= 0 && degree <= PK__PATH_DEGREE && !rows.path.interpolates &&
-                      left->seeds != PK__SEEDS_LOSS && sides[1].of->seeds != PK__SEEDS_LOSS &&
-                      !graph->surrogate;
-    int nodes = exact ? (int)pk__max(1, both ? degree : (degree + 1) / 2) : *order ? *order : 3, done = 0;
-    double missed = 0;
-    for (int halved = 0; !status && !done && halved <= PK__ALONG_REFINED; halved++) {
-        double before = INFINITY;
-        for (int s = 0; !status && s < 2; s++)
-            status = pk__along_find(along, &rows, &sides[s], halved);
-        if (!status)
-            status = pk__along_meet(along, &sides[0], &sides[1], nodes, numbers,
-                                    exact ? along->fine : along->coarse);
-        if (!status && exact) {
-            memcpy(along->coarse, along->fine, numbers * sizeof *along->fine);
-            pk__along_apart(along, numbers);
-            done = 1;
+    int kinks = graph->switched || graph->surrogate;
+    for (int s = 0; s < (right ? 2 : 1); s++)
+        if (moves[s] && !graph->surrogate) {
+            const int loss = sides[s].of->seeds == PK__SEEDS_LOSS;
+            kinks |= loss && pk__criterion_kinks(along->criterion, graph->output_width) > 0;
+            rows.far |=
+                pk__along_degree(along, sides[s].of) < 0 && !pk__along_steady(along, &rows, sides[s].of);
         }
-        for (int tried = 0; !status && !done; nodes++, tried++) {
-            status = pk__along_meet(along, &sides[0], &sides[1], nodes + 1, numbers, along->fine);
-            const double apart = pk__along_apart(along, numbers), allowed = pk__along_allowed(along);
-            const int last = halved == PK__ALONG_REFINED || graph->surrogate;
-            done = !status && (apart <= allowed || (last && nodes + 1 >= PK__ALONG_ORDER));
-            if (done) {
-                along->error += apart;
-                along->refused += apart > allowed;
-                *order = (unsigned char)(apart < 1e-3 * allowed && nodes > 1 ? nodes - 1 : nodes);
-                break;
-            }
-            if (nodes + 1 >= PK__ALONG_ORDER || (!last && tried >= 4 && apart > before / 2))
-                break;
-            before = apart;
-            pk__along_swap(along);
-        }
-        if (!done)
-            nodes = 4;
-    }
-    for (int s = 0; s < (right ? 2 : 1) && !status && !graph->surrogate; s++)
-        if (moves[s])
-            status =
-                pk__along_closure(along, &rows, &sides[s], (int)pk__min(nodes + 1, PK__ALONG_ORDER), &missed);
-    if (!status) {
-        along->error += missed * along->scale;
-        along->refused += missed * along->scale > pk__along_allowed(along);
-        memcpy(result, along->fine, numbers * sizeof *result);
-    }
+    *steady = !kinks && !rows.far;
+    if (!*steady)
+        status = pk__along_window(along, &rows, sides, !right, 0, 1, 0, order, numbers, result);
     /* Both halves are computed, each from its own products: one is the other's mirror image. */
     const size_t kept = pk__along_kept(along, left), n = left->rows.rows * kept;
-    for (size_t plane = 0; !status && !right && plane < pk__along_planes(along); plane++)
+    for (size_t plane = 0; !status && !*steady && !right && plane < pk__along_planes(along); plane++)
         for (size_t i = 0; i < n; i++)
             for (size_t j = 0; j < i; j++)
                 result[(plane * n + i) * n + j] = result[(plane * n + j) * n + i];
@@ -29338,10 +32779,20 @@ PK__INTERNAL pk_status pk__along_integrate(pk__along *along, const pk__gram_rows
     memset(result, 0, numbers * sizeof *result);
     if (!numbers)
         return PK_OK;
-    if (rule == PK_RULE_AUTO && (along->graph->switched || along->graph->surrogate))
-        return pk__along_kinked(along, left, right, moves, order, numbers, result);
-    if (rule == PK_RULE_AUTO)
-        return pk__along_piece(along, left, right, moves, 0, 1, 0, order, numbers, result);
+    if (rule == PK_RULE_AUTO) {
+        int steady;
+        status = pk__along_kinked(along, left, right, moves, order, numbers, result, &steady);
+        if (status || !steady)
+            return status;
+        int degree = 0;
+        for (int s = 0; s < 2; s++) {
+            const int own = moves[s] ? pk__along_degree(along, s && right ? right : left) : 0;
+            degree = own < 0 || degree < 0 ? -1 : degree + own;
+        }
+        return degree >= 0 && degree < PK__ALONG_NODES
+                   ? pk__along_gauss(along, left, right, moves, 0, 1, degree / 2 + 1, numbers, result)
+                   : pk__along_piece(along, left, right, moves, 0, 1, 0, order, numbers, result);
+    }
     if (rule == PK_RULE_GAUSS)
         return pk__along_gauss(along, left, right, moves, 0, 1, nodes, numbers, result);
     if (!moves[0] && !moves[1])
@@ -29627,17 +33078,13 @@ static pk_status pk__kernel_fed(pk__kernel_pass *pass, const pk__kernel_term *te
     const int symmetric = pk__term_symmetric(term) && rows[0].index[0] == rows[1].index[0];
     pk__tape tapes[2];
     pk_real *part = NULL, *spread = NULL;
-    void *memory = NULL;
+    pk_status status;
     pk__arena arena = {NULL, 0, 0, 0};
-    pk__fed_take(&arena, graph, tapes, &part, &spread);
-    if (arena.overflow)
-        return pk__fail(pass->context, PK_OVERFLOW, "kernels: the memory for this network overflows");
-    const size_t bytes = arena.used;
-    pk_status status = pk_allocate(pass->context, bytes, 1, "kernels", &memory);
+    do
+        pk__fed_take(&arena, graph, tapes, &part, &spread);
+    while (pk__arena_again(pass->context, &arena, "kernels", &status));
     if (status)
         return status;
-    arena = (pk__arena){memory, bytes, 0, 0};
-    pk__fed_take(&arena, graph, tapes, &part, &spread);
     if (spread)
         pk_graph_spread(graph, pass->w, spread);
     const pk__line line = {spread ? spread : pass->w, NULL, NULL};
@@ -29665,7 +33112,7 @@ static pk_status pk__kernel_fed(pk__kernel_pass *pass, const pk__kernel_term *te
         if (!pk__finite(pass->block[i]))
             status = pk__fail(pass->context, PK_NOT_FINITE,
                               "kernels: what is fed to a layer at step %zu is not finite", pass->step);
-    pk_release(pass->context, memory);
+    pk_release(pass->context, arena.base);
     return status;
 }
 
@@ -30024,19 +33471,15 @@ static pk_status pk__kernel_pass_begin(pk_context *context, const pk_run *run, c
     if (status)
         return status;
     pk__kernel_pass_set(pass, left, right, options, part, grams);
-    pk__arena measured = {NULL, 0, 0, 0};
-    pk__kernel_pass_take(&measured, pass);
-    if (measured.overflow)
-        return pk__fail(context, PK_OVERFLOW, "kernels: the memory of a kernel of so many rows overflows");
-    status = pk_allocate(context, measured.used, 1, "kernels", &pass->memory);
+    pk__arena arena = {NULL, 0, 0, 0};
+    do
+        pk__kernel_pass_take(&arena, pass);
+    while (pk__arena_again(context, &arena, "kernels", &status));
+    pass->memory = arena.base;
     if (!status)
         status = pk__along_prepare(context, &run->graph, pass->capacity, &pass->along);
-    if (status)
-        return status;
-    pk__arena arena = {pass->memory, measured.used, 0, 0};
-    pk__kernel_pass_take(&arena, pass);
     pass->along.criterion = &run->criterion;
-    return PK_OK;
+    return status;
 }
 
 PK__INTERNAL pk_status pk__kernels_part(pk_context *context, const pk_run *run, const pk_dataset *left,
@@ -30100,15 +33543,19 @@ PK__INTERNAL pk_status pk__kernel_finish(pk_context *context, const pk_run *run,
     const double tolerance = options->tolerance > 0             ? options->tolerance
                              : sizeof(pk_real) == sizeof(float) ? 1e-4
                                                                 : 1e-10;
-    double largest = 0, *memory = NULL;
-    pk_status status = PK_OK;
+    const int mapped = options->map != PK_MAP_NONE && numbers;
+    double largest = 0, *x, *y, *means;
+    pk_status status;
+    pk__arena arena = {NULL, 0, 0, 0};
     for (size_t i = 0; i < numbers; i++)
         largest = fmax(largest, fabs(gram[i]));
     report->error = largest > 0 ? report->error / largest : 0;
-    if (options->map != PK_MAP_NONE && numbers)
-        status = pk_allocate(context, planes, (2 * rows + columns) * sizeof *memory, "kernels", &memory);
+    do {
+        x = pk__arena_take(&arena, mapped ? planes : 0, rows * sizeof *x);
+        y = pk__arena_take(&arena, mapped ? planes : 0, columns * sizeof *y);
+        means = pk__arena_take(&arena, mapped ? rows : 0, 2 * sizeof *means);
+    } while (pk__arena_again(context, &arena, "kernels", &status));
     if (!status && options->map == PK_MAP_COSINE && numbers) {
-        double *x = memory, *y = memory + planes * rows;
         /* The same rows on both sides, and the same factors: the matrix has them already. */
         const int same = left == right && !(train && row->weighted == PK__RIGHT && !options->unweighted);
         status = same ? PK_OK : pk__kernel_diagonals(context, run, left, right, options, x, y);
@@ -30117,13 +33564,130 @@ PK__INTERNAL pk_status pk__kernel_finish(pk_context *context, const pk_run *run,
                 pk__kernel_cosine(rows, columns, same, x + p * rows, y + p * columns, gram + p * plane);
     }
     for (size_t p = 0; !status && options->map == PK_MAP_CENTER && numbers && p < planes; p++)
-        pk__kernel_center(rows, gram + p * plane, memory);
-    pk_release(context, memory);
+        pk__kernel_center(rows, gram + p * plane, means);
+    pk_release(context, arena.base);
     if (!status && row->moves && options->quadrature.rule == PK_RULE_AUTO && report->error > tolerance)
         status = pk__fail(context, PK_NOT_CLOSED,
                           "%s: the integrals along the steps are off by %.3g of the largest entry, not %.3g",
                           row->name, report->error, tolerance);
     return status;
+}
+
+/* ---- how much memory would do --------------------------------------------------------------------------- */
+
+PK__INTERNAL pk_status pk__fail_with_least(pk_context *context, const char *name, pk__memory_trial *run,
+                                           void *user)
+{
+    const size_t limit = context->memory_limit;
+    pk_context trial = *context;
+    size_t low = limit, high = pk__max(limit, context->memory_used + 4096);
+    trial.progress = NULL;
+    for (int grows = 1; grows;) {
+        low = high;
+        if (high > SIZE_MAX / 4)
+            return PK_MEMORY_LIMIT;
+        high += high / 2;
+        trial.memory_limit = high;
+        grows = run(&trial, user) == PK_MEMORY_LIMIT;
+    }
+    while (high - low > high / 64) {
+        const size_t middle = low + (high - low) / 2;
+        trial.memory_limit = middle;
+        if (run(&trial, user) == PK_MEMORY_LIMIT)
+            low = middle;
+        else
+            high = middle;
+    }
+    high += high / 32; /* rows with more kinks in a step than those of the trial take more */
+    return pk__fail(context, PK_MEMORY_LIMIT,
+                    "%s: %zu bytes of memory are not enough; the least that would do is %zu bytes", name, limit,
+                    high);
+}
+
+enum { PK__SAMPLE_STEPS = 16 };
+
+/* Options with some of the steps, the first and the last among them; every row counts. */
+static pk_kernel_options pk__kernel_sample_options(const pk_run *run, const pk_kernel_options *options,
+                                                   size_t steps[PK__SAMPLE_STEPS])
+{
+    pk_kernel_options some = *options;
+    const pk__kernel_row *row = &pk__kernel_rows[some.kind];
+    const size_t all = some.steps                    ? some.step_count
+                       : row->step == PK__STEP_ALONE ? 0
+                       : row->step == PK__STEP_MEAN  ? run->steps + 1
+                                                     : run->steps;
+    some.unweighted = row->weighted != 0;
+    if (!all)
+        return some;
+    some.step_count = pk__min(all, PK__SAMPLE_STEPS);
+    for (size_t k = 0; k < some.step_count; k++) {
+        const size_t at = some.step_count > 1 ? k * (all - 1) / (some.step_count - 1) : 0;
+        steps[k] = some.steps ? some.steps[at] : at;
+    }
+    some.steps = steps;
+    return some;
+}
+
+PK__INTERNAL pk_status pk__kernel_sample_run(pk_context *context, void *user)
+{
+    const pk__kernel_sample *sample = user;
+    const pk_run *run = sample->run;
+    pk_context own = *context; /* the results are the caller's */
+    pk_kernel_options *options = NULL;
+    double **grams = NULL;
+    void *beside = NULL;
+    size_t(*steps)[PK__SAMPLE_STEPS] = NULL, B = SIZE_MAX;
+    own.memory_limit = 0;
+    pk_status status = pk_allocate(&own, sample->count, sizeof *options, "kernels", &options);
+    if (!status)
+        status = pk_allocate(&own, sample->count, sizeof *grams, "kernels", &grams);
+    if (!status)
+        status = pk_allocate(&own, sample->count, sizeof *steps, "kernels", &steps);
+    for (size_t k = 0; !status && k < sample->count; k++) {
+        options[k] = pk__kernel_sample_options(run, &sample->options[k], steps[k]);
+        B = pk__min(B, pk__kernel_block(run, &options[k]));
+    }
+    pk__kernel_part part = sample->part;
+    if (!part.columns)
+        part = (pk__kernel_part){0, pk__min(B, pk__kernel_count(run, sample->left)), 0,
+                                 pk__min(B, pk__kernel_count(run, sample->right))};
+    for (size_t k = 0; !status && k < sample->count; k++) {
+        const size_t width = options[k].outputs == PK_OUTPUTS_FULL ? run->outputs : 1;
+        const size_t rows = options[k].left_train ? run->examples : part.rows;
+        status = pk_allocate(&own, rows * part.columns * width * width,
+                             pk__kernel_slots(run, &options[k]) * pk__kernel_layers(run, &options[k]) *
+                                 sizeof(double),
+                             "kernels", &grams[k]);
+    }
+    if (!status)
+        status = pk_allocate(context, sample->beside, 1, "kernels", &beside);
+    if (!status)
+        status = pk__kernels_part(context, run, sample->left, sample->right, sample->count, options, &part,
+                                  grams, NULL);
+    pk_release(context, beside);
+    for (size_t k = 0; grams && k < sample->count; k++)
+        pk_release(&own, grams[k]);
+    pk_release(&own, steps);
+    pk_release(&own, grams);
+    pk_release(&own, options);
+    return status;
+}
+
+/* Bytes beside a pass over the run: for a map, and for what is kept of each pair of blocks. */
+static size_t pk__kernel_beside(const pk_run *run, const pk_dataset *left, const pk_dataset *right,
+                                size_t count, const pk_kernel_options *options)
+{
+    size_t most = 0, pairs = 0;
+    for (size_t k = 0; k < count; k++) {
+        const size_t rows = pk__kernel_count(run, options[k].left_train ? NULL : left),
+                     columns = pk__kernel_count(run, right);
+        const size_t planes = pk__kernel_slots(run, &options[k]) * pk__kernel_layers(run, &options[k]);
+        const size_t blocks = pk__blocks(pk__max(rows, columns), pk__kernel_block(run, &options[k]));
+        if (options[k].map != PK_MAP_NONE)
+            most = pk__max(most, planes * (2 * rows + columns) * sizeof(double));
+        pairs = pk__max(pairs, blocks * blocks);
+    }
+    return most + count * pairs + 1024; /* what allocations add */
 }
 
 PK_API pk_status pk_kernels(pk_context *context, const pk_run *run, const pk_dataset *left,
@@ -30159,6 +33723,12 @@ PK_API pk_status pk_kernels(pk_context *context, const pk_run *run, const pk_dat
         reports[k].seconds = pk__seconds() - start;
     }
     pk_release(context, own);
+    if (status == PK_MEMORY_LIMIT) {
+        pk__kernel_sample sample = {
+            .run = run, .left = left, .right = right, .count = count, .options = options};
+        sample.beside = pk__kernel_beside(run, left, right, count, options) + count * sizeof *own;
+        return pk__fail_with_least(context, "kernels", pk__kernel_sample_run, &sample);
+    }
     return status ? status : missed;
 }
 
@@ -30380,14 +33950,10 @@ static pk_status pk__file_map_result(pk__kernel_file *f)
         memset(&f->report, 0, sizeof f->report);
     }
     int reason = 0;
-    if (!f->done && (ftruncate(f->file, 0) != 0 || !pk__write_at(f->file, header, f->header, 0) ||
-                     ftruncate(f->file, (off_t)size) != 0))
+    if (!f->done && (ftruncate(f->file, 0) != 0 || !pk__write_at(f->file, header, f->header, 0)))
         reason = errno;
-#ifdef __linux__
-    /* Without room behind the mapping, to write there would be a signal and no status. */
     if (!reason)
-        reason = posix_fallocate(f->file, 0, (off_t)size);
-#endif
+        reason = pk__file_reserve(f->file, size);
     if (!reason) {
         void *mapping = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, f->file, 0);
         if (mapping == MAP_FAILED)
@@ -30475,6 +34041,22 @@ static pk_status pk__file_run(pk__kernel_file *f)
     return status;
 }
 
+/* The first part of a file, as large as the limit lets it be, with all that is held beside it. */
+static pk_status pk__file_sample(pk_context *context, void *user)
+{
+    pk__kernel_file f = *(const pk__kernel_file *)user;
+    f.context = context;
+    pk__file_cut(&f);
+    const size_t rows = pk__min(f.cut, f.rows), columns = pk__min(f.cut, f.columns);
+    pk__kernel_sample sample = {
+        .run = f.run, .left = f.left, .right = f.right, .count = 1, .options = f.options};
+    sample.part = (pk__kernel_part){0, rows, 0, columns};
+    sample.beside = pk__kernel_beside(f.run, f.left, f.right, 1, f.options) +
+                    rows * columns * f.planes * f.width * f.width * sizeof(double);
+    const pk_status status = pk__file_identity(&f);
+    return status ? status : pk__kernel_sample_run(context, &sample);
+}
+
 PK_API pk_status pk_kernel_file(pk_context *context, const pk_run *run, const pk_dataset *left,
                                 const pk_dataset *right, const pk_kernel_options *options, const char *path,
                                 pk_kernel_report *report)
@@ -30518,6 +34100,8 @@ PK_API pk_status pk_kernel_file(pk_context *context, const pk_run *run, const pk
         context->progress_user = &f;
     }
     status = pk__file_run(&f);
+    if (status == PK_MEMORY_LIMIT)
+        status = pk__fail_with_least(context, "kernel file", pk__file_sample, &f);
     if (f.progress) {
         context->progress = f.progress;
         context->progress_user = f.progress_user;
@@ -30546,22 +34130,24 @@ static pk_status pk__domingos_intercept(pk_context *context, const pk_run *run, 
                                         size_t rows, double *intercept)
 {
     const size_t D = run->graph.input_width, C = run->outputs;
-    pk_real *w = NULL, *x = NULL;
-    pk_status status = pk_allocate(context, run->parameters, sizeof *w, "domingos", &w);
-    if (!status)
-        status = pk_allocate(context, rows, (D + C) * sizeof *x, "domingos", &x);
+    pk_real *w, *x, *f;
+    pk_status status;
+    pk__arena arena = {NULL, 0, 0, 0};
+    do {
+        w = pk__arena_take(&arena, run->parameters, sizeof *w);
+        x = pk__arena_take(&arena, rows, D * sizeof *x);
+        f = pk__arena_take(&arena, rows, C * sizeof *f);
+    } while (pk__arena_again(context, &arena, "domingos", &status));
     if (!status)
         status = pk_run_weights(context, run, 0, w);
     if (!status) {
-        pk_real *f = x + rows * D;
         pk_array_reals(&inputs->inputs, 0, rows * D, x);
         status =
             pk_graph_evaluate(context, &run->graph, w, pk_matrix_view(x, rows, D), pk_matrix_view(f, rows, C));
         for (size_t i = 0; !status && i < rows * C; i++)
             intercept[i] = f[i];
     }
-    pk_release(context, x);
-    pk_release(context, w);
+    pk_release(context, arena.base);
     return status;
 }
 
@@ -30616,40 +34202,32 @@ static pk_status pk__domingos_fill(pk_context *context, const pk_run *run, size_
                : PK_OK;
 }
 
-PK_API pk_status pk_kernel_domingos(pk_context *context, const pk_run *run, const pk_dataset *inputs,
-                                    pk_quadrature quadrature, double tolerance, pk_domingos *result)
+/* The path kernel of each output, then the contributions to it: 2 C kernels in one pass. */
+static pk_kernel_options pk__domingos_option(const pk_kernel_options *first, size_t outputs, size_t number)
 {
-    pk_kernel_options first = {
-        .kind = PK_KERNEL_PATH, .outputs = PK_OUTPUTS_ONE, .quadrature = quadrature, .tolerance = tolerance};
-    pk_kernel_options *options = NULL;
-    pk_kernel_report *reports = NULL;
-    double *numbers = NULL, **grams = NULL;
-    size_t shape[6];
-    int rank;
-    if (!inputs || !result || !result->contributions)
-        return pk__fail(context, PK_ARGUMENT,
-                        "domingos: the test rows or the place for the result are missing");
-    pk_status status = pk_kernel_shape(context, run, inputs, NULL, &first, shape, &rank);
-    if (status)
-        return status;
-    if (pk__domingos_sign(run) == 0)
-        return pk__fail(context, PK_UNSUPPORTED,
-                        "domingos: maximize is not the same for all parameter groups, so that the kernel's "
-                        "coefficients have no one sign");
-    const size_t C = run->outputs, rows = shape[0], plane = rows * run->examples;
-    result->undefined = 0;
-    result->error = 0;
-    status = pk_allocate(context, 2 * C, sizeof *options, "domingos", &options);
-    if (!status)
-        status = pk_allocate(context, 2 * C, sizeof *reports, "domingos", &reports);
-    if (!status)
-        status = pk_allocate(context, 2 * C, sizeof *grams, "domingos", &grams);
-    if (!status)
-        status = pk_allocate(context, 2 * C, plane * sizeof *numbers, "domingos", &numbers);
+    pk_kernel_options options = *first;
+    options.kind = number < outputs ? PK_KERNEL_PATH : (pk_kernel_kind)PK__KERNEL_LOSS_WEIGHTED;
+    options.output = number % outputs;
+    return options;
+}
+
+static pk_status pk__domingos_compute(pk_context *context, const pk_run *run, const pk_dataset *inputs,
+                                      const pk_kernel_options *first, size_t rows, pk_domingos *result)
+{
+    const size_t C = run->outputs, plane = rows * run->examples;
+    pk_kernel_options *options;
+    pk_kernel_report *reports;
+    double *numbers, **grams;
+    pk_status status;
+    pk__arena arena = {NULL, 0, 0, 0};
+    do {
+        options = pk__arena_take(&arena, 2 * C, sizeof *options);
+        reports = pk__arena_take(&arena, 2 * C, sizeof *reports);
+        grams = pk__arena_take(&arena, 2 * C, sizeof *grams);
+        numbers = pk__arena_take(&arena, 2 * C, plane * sizeof *numbers);
+    } while (pk__arena_again(context, &arena, "domingos", &status));
     for (size_t k = 0; !status && k < 2 * C; k++) {
-        options[k] = first;
-        options[k].kind = k < C ? PK_KERNEL_PATH : (pk_kernel_kind)PK__KERNEL_LOSS_WEIGHTED;
-        options[k].output = k % C;
+        options[k] = pk__domingos_option(first, C, k);
         grams[k] = numbers ? numbers + k * plane : NULL;
     }
     if (!status && plane)
@@ -30664,11 +34242,60 @@ PK_API pk_status pk_kernel_domingos(pk_context *context, const pk_run *run, cons
     }
     if (!status && plane)
         status = pk__domingos_fill(context, run, rows, numbers, result);
-    pk_release(context, numbers);
-    pk_release(context, grams);
-    pk_release(context, reports);
+    pk_release(context, arena.base);
+    return status;
+}
+
+typedef struct pk__domingos_sample {
+    const pk_run *run;
+    const pk_dataset *inputs;
+    const pk_kernel_options *first;
+    size_t rows;
+} pk__domingos_sample;
+
+static pk_status pk__domingos_sample_run(pk_context *context, void *user)
+{
+    const pk__domingos_sample *own = user;
+    const size_t C = own->run->outputs;
+    pk_kernel_options *options = NULL;
+    pk_status status = pk_allocate(context, 2 * C, sizeof *options, "domingos", &options);
+    pk__kernel_sample sample = {.run = own->run, .left = own->inputs, .count = 2 * C, .options = options};
+    for (size_t k = 0; !status && k < 2 * C; k++)
+        options[k] = pk__domingos_option(own->first, C, k);
+    if (!status)
+        sample.beside =
+            pk__kernel_beside(own->run, own->inputs, NULL, 2 * C, options) +
+            2 * C * (own->rows * own->run->examples * sizeof(double) + sizeof(pk_kernel_report) + 128);
+    if (!status)
+        status = pk__kernel_sample_run(context, &sample);
     pk_release(context, options);
     return status;
+}
+
+PK_API pk_status pk_kernel_domingos(pk_context *context, const pk_run *run, const pk_dataset *inputs,
+                                    pk_quadrature quadrature, double tolerance, pk_domingos *result)
+{
+    const pk_kernel_options first = {
+        .kind = PK_KERNEL_PATH, .outputs = PK_OUTPUTS_ONE, .quadrature = quadrature, .tolerance = tolerance};
+    size_t shape[6];
+    int rank;
+    if (!inputs || !result || !result->contributions)
+        return pk__fail(context, PK_ARGUMENT,
+                        "domingos: the test rows or the place for the result are missing");
+    pk_status status = pk_kernel_shape(context, run, inputs, NULL, &first, shape, &rank);
+    if (status)
+        return status;
+    if (pk__domingos_sign(run) == 0)
+        return pk__fail(context, PK_UNSUPPORTED,
+                        "domingos: maximize is not the same for all parameter groups, so that the kernel's "
+                        "coefficients have no one sign");
+    result->undefined = 0;
+    result->error = 0;
+    status = pk__domingos_compute(context, run, inputs, &first, shape[0], result);
+    if (status != PK_MEMORY_LIMIT)
+        return status;
+    pk__domingos_sample sample = {run, inputs, &first, shape[0]};
+    return pk__fail_with_least(context, "domingos", pk__domingos_sample_run, &sample);
 }
 
 PK__END_COLD_CODE
@@ -30709,14 +34336,15 @@ PK_API pk_status pk_novelty(pk_context *context, size_t n, const double *gram, s
 {
     const double fraction = options ? options->fraction : 0;
     pk_novelty_report own = {0, 0, 0, 0, 0};
-    size_t numbers = 0;
-    double *memory = NULL, trace = 0, kept = 0;
+    double *values, *vectors, trace = 0, kept = 0;
     pk_status status = pk__novelty_check(context, n, gram, m, cross, diagonal, fraction, energies);
-    if (!status && (!pk__multiply(n, n + 1, &numbers) || numbers > SIZE_MAX / 64))
-        status = pk__fail(context, PK_OVERFLOW, "novelty: a Gram of %zu rows overflows", n);
-    if (!status)
-        status = pk_allocate(context, numbers, sizeof *memory, "novelty", &memory);
-    double *values = memory, *vectors = memory ? memory + n : NULL;
+    if (status)
+        return status;
+    pk__arena arena = {NULL, 0, 0, n > SIZE_MAX / 64};
+    do {
+        values = pk__arena_take(&arena, n, sizeof *values);
+        vectors = pk__arena_take(&arena, n, n * sizeof *vectors);
+    } while (pk__arena_again(context, &arena, "novelty", &status));
     if (!status && n)
         status = pk_symmetric_eigenvalues(context, n, gram, values, vectors);
     const double largest = status || !n ? 0 : fmax(fabs(values[n - 1]), fabs(values[0]));
@@ -30725,7 +34353,7 @@ PK_API pk_status pk_novelty(pk_context *context, size_t n, const double *gram, s
                           "novelty: the matrix has the eigenvalue %g beside %g: it is no Gram matrix",
                           values[0], values[n - 1]);
     if (status) {
-        pk_release(context, memory);
+        pk_release(context, arena.base);
         return status;
     }
     for (size_t k = 0; k < n; k++) {
@@ -30750,7 +34378,7 @@ PK_API pk_status pk_novelty(pk_context *context, size_t n, const double *gram, s
     }
     if (report)
         *report = own;
-    pk_release(context, memory);
+    pk_release(context, arena.base);
     return PK_OK;
 }
 
@@ -30949,13 +34577,13 @@ PK_API pk_status pk_sketch_vectors(pk_context *context, const pk_sketch *sketch,
     const size_t m = sketch->size, n = pk__power_of_two(vectors.cols);
     const int hadamard = sketch->kind == PK_SKETCH_SRHT;
     const size_t block = hadamard ? 1 : pk__min(vectors.rows, PK__SKETCH_ROWS);
-    double *numbers = NULL;
-    int64_t *place = NULL;
-    if (!hadamard && m > SIZE_MAX / 64 / PK__SKETCH_ROWS)
-        return pk__fail(context, PK_OVERFLOW, "sketch: the size %zu is too large", m);
-    status = pk_allocate(context, hadamard ? n : block * m, sizeof *numbers, "a sketch", &numbers);
-    if (!status && hadamard)
-        status = pk_allocate(context, n, sizeof *place, "a sketch", &place);
+    double *numbers;
+    int64_t *place;
+    pk__arena arena = {NULL, 0, 0, m > SIZE_MAX / 64};
+    do {
+        numbers = pk__arena_take(&arena, block, (hadamard ? n : m) * sizeof *numbers);
+        place = pk__arena_take(&arena, hadamard ? n : 0, sizeof *place);
+    } while (pk__arena_again(context, &arena, "a sketch", &status));
     /* The first m of a shuffled 0 ... n - 1. */
     for (size_t i = 0; !status && hadamard && i < n; i++)
         place[i] = (int64_t)i;
@@ -30980,8 +34608,7 @@ PK_API pk_status pk_sketch_vectors(pk_context *context, const pk_sketch *sketch,
                 sketched.data[(first + r) * sketched.ld + i] =
                     (pk_real)(scale * (hadamard ? numbers[place[i]] : numbers[r * m + i]));
     }
-    pk_release(context, place);
-    pk_release(context, numbers);
+    pk_release(context, arena.base);
     return status;
 }
 
@@ -31042,19 +34669,23 @@ static pk_status pk__sketch_measure(pk_context *context, const pk_graph *graph, 
     size_t rows[2][PK__SKETCH_SAMPLE];
     const size_t D = graph->input_width, a = pk__sketch_sample(seed, PK__STREAM_SAMPLE, x.rows, rows[0]),
                  b = pk__sketch_sample(seed, PK__STREAM_SAMPLE + 100, y.rows, rows[1]);
-    const size_t inputs = (a + b) * D, entries = a * kept * b * kept;
-    pk_real *numbers = NULL;
+    const size_t entries = a * kept * b * kept;
+    pk_real *inputs, *exact;
+    pk_status status;
+    pk__arena arena = {NULL, 0, 0, 0};
+    do {
+        inputs = pk__arena_take(&arena, a + b, D * sizeof *inputs);
+        exact = pk__arena_take(&arena, entries, sizeof *exact);
+    } while (pk__arena_again(context, &arena, "a sketch's sample", &status));
     report->rows = a, report->columns = b, report->error = 0;
-    pk_status status = pk_allocate(context, inputs + entries, sizeof *numbers, "a sketch's sample", &numbers);
     if (status)
         return status;
     for (size_t i = 0; i < a + b; i++) {
         const pk_matrix *from = i < a ? &x : &y;
-        memcpy(numbers + i * D, from->data + (i < a ? rows[0][i] : rows[1][i - a]) * from->ld,
-               D * sizeof *numbers);
+        memcpy(inputs + i * D, from->data + (i < a ? rows[0][i] : rows[1][i - a]) * from->ld,
+               D * sizeof *inputs);
     }
-    pk_real *exact = numbers + inputs;
-    const pk_matrix left = pk_matrix_view(numbers, a, D), right = pk_matrix_view(numbers + a * D, b, D),
+    const pk_matrix left = pk_matrix_view(inputs, a, D), right = pk_matrix_view(inputs + a * D, b, D),
                     to = pk_matrix_view(exact, a * kept, b * kept);
     status = kept == 1 && graph->output_width > 1
                  ? pk_kernel_ntk_trace(context, graph, weights, left, right, to)
@@ -31068,7 +34699,7 @@ static pk_status pk__sketch_measure(pk_context *context, const pk_graph *graph, 
         size += (double)exact[i] * exact[i];
     }
     report->error = size > 0 ? sqrt(apart / size) : 0;
-    pk_release(context, numbers);
+    pk_release(context, arena.base);
     return status;
 }
 
@@ -31084,18 +34715,19 @@ PK_API pk_status pk_kernel_sketched(pk_context *context, const pk_graph *graph, 
     const int same = !y.data || (y.data == x.data && y.rows == x.rows && y.ld == x.ld);
     y = same ? x : y;
     const size_t C = graph->output_width, kept = trace ? 1 : C, m = sketch->size;
-    size_t rows = 0, columns = 0, left = 0, right = 0;
-    if (!pk__multiply(x.rows, C, &rows) || !pk__multiply(y.rows, C, &columns) ||
-        !pk__multiply(rows, m, &left) || !pk__multiply(columns, m, &right) || left > SIZE_MAX / 64 ||
-        right > SIZE_MAX / 64)
+    size_t rows = 0, columns = 0;
+    if (!pk__multiply(x.rows, C, &rows) || !pk__multiply(y.rows, C, &columns) || m > SIZE_MAX / 64)
         return pk__fail(context, PK_OVERFLOW, "sketched kernel: %zu and %zu rows overflow", x.rows, y.rows);
     status = pk__sweep_matrix(context, "sketched kernel", "entries of the result", gram, x.rows * kept,
                               y.rows * kept);
-    pk_real *features = NULL;
-    if (!status)
-        status =
-            pk_allocate(context, left + (same ? 0 : right), sizeof *features, "a sketched kernel", &features);
-    pk_real *other = same ? features : features + left;
+    if (status)
+        return status;
+    pk_real *features, *other;
+    pk__arena arena = {NULL, 0, 0, 0};
+    do {
+        features = pk__arena_take(&arena, rows, m * sizeof *features);
+        other = same ? features : pk__arena_take(&arena, columns, m * sizeof *other);
+    } while (pk__arena_again(context, &arena, "a sketched kernel", &status));
     if (!status)
         status = pk_sketch_gradients(context, graph, weights, x, sketch, pk_matrix_view(features, rows, m));
     if (!status && !same)
@@ -31106,7 +34738,7 @@ PK_API pk_status pk_kernel_sketched(pk_context *context, const pk_graph *graph, 
                  m * (C / kept), 0, gram.data, gram.ld);
     if (!status && report)
         status = pk__sketch_measure(context, graph, weights, x, y, sketch->seed, kept, gram, report);
-    pk_release(context, features);
+    pk_release(context, arena.base);
     return status;
 }
 
@@ -31173,20 +34805,21 @@ PK_API pk_status pk_relu_ntk_features(pk_context *context, pk_matrix inputs, con
         status = pk__sweep_matrix(context, name, "features", features, inputs.rows, all);
     if (!status && pk__matrices_overlap(inputs, features))
         status = pk__fail(context, PK_ARGUMENT, "%s: the result overlaps the inputs", name);
-    size_t numbers = 0;
-    if (!status && (!pk__multiply(inputs.rows, 2 * widest + m, &numbers) || numbers > SIZE_MAX / 64))
-        status = pk__fail(context, PK_OVERFLOW, "%s: %zu rows overflow", name, inputs.rows);
-    pk_real *memory = NULL;
-    double *transforms = NULL;
-    const size_t n = pk__power_of_two(widest);
-    if (!status)
-        status = pk_allocate(context, numbers + widest, sizeof *memory, name, &memory);
-    if (!status)
-        status = pk_allocate(context, 2 * n, sizeof *transforms, name, &transforms);
+    if (status)
+        return status;
     const double std = options->weight_std > 0 ? options->weight_std : sqrt(2);
-    const size_t rows = inputs.rows;
-    pk_real *z = memory, *t = status ? NULL : memory + rows * widest,
-            *units = status ? NULL : t + rows * widest, *normals = status ? NULL : units + rows * m;
+    const size_t rows = inputs.rows, n = pk__power_of_two(widest);
+    pk_real *z, *t, *units, *normals;
+    double *first, *second;
+    pk__arena arena = {NULL, 0, 0, 0};
+    do {
+        z = pk__arena_take(&arena, rows, widest * sizeof *z);
+        t = pk__arena_take(&arena, rows, widest * sizeof *t);
+        units = pk__arena_take(&arena, rows, m * sizeof *units);
+        normals = pk__arena_take(&arena, widest, sizeof *normals);
+        first = pk__arena_take(&arena, n, sizeof *first);
+        second = pk__arena_take(&arena, n, sizeof *second);
+    } while (pk__arena_again(context, &arena, name, &status));
     for (size_t i = 0; !status && i < rows * D; i++) {
         z[i] = (pk_real)(inputs.data[i / D * inputs.ld + i % D] / sqrt((double)D));
         t[i] = (pk_real)(std * z[i]);
@@ -31194,8 +34827,8 @@ PK_API pk_status pk_relu_ntk_features(pk_context *context, pk_matrix inputs, con
     for (size_t l = 0; l < options->layers && !status; l++) {
         status = pk__progress(context, name, (double)l / (double)options->layers);
         if (!status)
-            pk__relu_layer(options, std, l, rows, l ? m : D, z, l ? all : D, t, normals, units, transforms,
-                           transforms + n, features);
+            pk__relu_layer(options, std, l, rows, l ? m : D, z, l ? all : D, t, normals, units, first, second,
+                           features);
         for (size_t r = 0; !status && r < rows; r++) {
             const pk_real *row = features.data + r * features.ld;
             memcpy(t + r * all, row, all * sizeof *t);
@@ -31203,8 +34836,7 @@ PK_API pk_status pk_relu_ntk_features(pk_context *context, pk_matrix inputs, con
                 z[r * m + i] = (pk_real)(row[i] / std);
         }
     }
-    pk_release(context, transforms);
-    pk_release(context, memory);
+    pk_release(context, arena.base);
     return status;
 }
 
@@ -31263,6 +34895,1420 @@ PK_API double pk_surrogate_slope(double m, double p, double s, double q)
     if (m > 1e100)
         return p > 0 ? factor / sqrt(2 * p * (1 + 2 * q) - 4 * s * s) : NAN;
     return factor / sqrt((1 / (m * m) + 2 * p) * (1 + 2 * q) - 4 * s * s);
+}
+
+PK__END_COLD_CODE
+
+/* pathkernel/kernels/machine.h: implementation */
+#include <math.h>
+#include <string.h>
+PK__BEGIN_CODE
+
+enum { PK__MACHINE_STEPS = 200, PK__POLISHES = 40 };
+#define PK__MACHINE_TOLERANCE 1e-9
+#define PK__MACHINE_ROUNDING 1e-10
+
+/* What a loss takes. */
+static const struct pk__machine_kind {
+    const char *name;
+    int numbers; /* targets are numbers, not classes */
+    int signs;   /* targets are +1 and -1, or classes */
+} pk__machine_kinds[] = {
+    [PK_MACHINE_SQUARED] = {.name = "squared", .numbers = 1},
+    [PK_MACHINE_LOGISTIC] = {.name = "logistic", .signs = 1},
+    [PK_MACHINE_SOFTMAX] = {.name = "softmax"},
+    [PK_MACHINE_HINGE] = {.name = "hinge", .signs = 1},
+    [PK_MACHINE_SQUARED_HINGE] = {.name = "squared_hinge", .signs = 1},
+    [PK_MACHINE_EPSILON_INSENSITIVE] = {.name = "epsilon_insensitive", .numbers = 1},
+};
+enum { PK__MACHINE_KINDS = sizeof pk__machine_kinds / sizeof *pk__machine_kinds };
+
+PK_API const char *pk_machine_loss_name(pk_machine_loss loss)
+{
+    return loss > 0 && (size_t)loss < PK__MACHINE_KINDS ? pk__machine_kinds[loss].name : NULL;
+}
+
+PK_API pk_machine_loss pk_machine_loss_find(const char *name)
+{
+    for (int i = 1; name && i < PK__MACHINE_KINDS; i++)
+        if (strcmp(pk__machine_kinds[i].name, name) == 0)
+            return (pk_machine_loss)i;
+    return (pk_machine_loss)0;
+}
+
+typedef struct pk__fitting {
+    pk_context *context;
+    const pk_machine_options *options;
+    pk_machine *machine;
+    size_t n, outputs;
+    const double *gram;    /* symmetric */
+    const double *targets; /* n x K: numbers, +1 and -1, or of softmax 1 for the right class and 0 for others */
+} pk__fitting;
+
+/* ---- targets --------------------------------------------------------------------------------------------- */
+
+/* Counts the outputs, and says what is wrong with the targets. *classes: 0, or integers 0 to classes - 1 are to be told apart. */
+static pk_status pk__machine_targets(pk_context *context, size_t n, const pk_array *targets,
+                                     const pk_machine_options *options, size_t *outputs, size_t *classes)
+{
+    const struct pk__machine_kind *kind = &pk__machine_kinds[options->loss];
+    const int integers = targets->type != PK_FLOAT64 && targets->type != PK_FLOAT32;
+    int signs = kind->signs;
+    int64_t largest = 0;
+    char has[180];
+    *outputs = 1;
+    *classes = 0;
+    if (!targets->rank || targets->shape[0] != n || targets->rank > (kind->numbers ? 2 : 1))
+        return pk__fail(context, PK_SHAPE, "targets: %s, wanted (%zu,)%s for the loss %s",
+                        pk__shape_text(targets, has, sizeof has), n, kind->numbers ? " or (N, K)" : "",
+                        kind->name);
+    for (size_t i = 0; kind->numbers && i < n * targets->row_items; i++) {
+        double number;
+        pk_array_doubles(targets, i, 1, &number);
+        if (!isfinite(number))
+            return pk__fail(context, PK_NOT_FINITE, "targets: number %zu is not finite", i);
+    }
+    if (kind->numbers) {
+        *outputs = targets->row_items;
+        return *outputs ? PK_OK : pk__fail(context, PK_SHAPE, "targets: rows without numbers");
+    }
+    for (size_t i = 0; i < n && signs; i++) {
+        double number;
+        pk_array_doubles(targets, i, 1, &number);
+        signs = number == 1 || number == -1;
+        if (!signs && !integers)
+            return pk__fail(context, PK_ARGUMENT,
+                            "targets: row %zu is %g, neither +1 nor -1 nor an integer class", i, number);
+    }
+    if (!signs && !integers)
+        return pk__fail(context, PK_ARGUMENT, "targets: %s, wanted integer classes for the loss %s",
+                        pk_type_name(targets->type), kind->name);
+    /* All of them 1: +1 alone. */
+    if (signs)
+        return PK_OK;
+    for (size_t i = 0; i < n; i++) {
+        int64_t label = 0;
+        pk_array_integers(targets, i, 1, &label);
+        if (label < 0 || label > 100000)
+            return pk__fail(context, PK_ARGUMENT, "targets: row %zu is %lld, no class from 0", i,
+                            (long long)label);
+        largest = pk__max(largest, label);
+    }
+    *classes = (size_t)largest + 1;
+    *outputs = kind->signs && *classes <= 2 ? 1 : *classes;
+    return PK_OK;
+}
+
+/* targets (n x K) as the machines take them. */
+static void pk__machine_read(const pk_array *from, size_t n, size_t outputs, size_t classes, int signs,
+                             double *targets)
+{
+    for (size_t i = 0; i < n; i++) {
+        int64_t label = 0;
+        if (!classes) {
+            pk_array_doubles(from, i * outputs, outputs, targets + i * outputs);
+            continue;
+        }
+        pk_array_integers(from, i, 1, &label);
+        for (size_t k = 0; k < outputs; k++) {
+            const int own = (size_t)label == (outputs == 1 && classes == 2 ? 1 : k);
+            targets[i * outputs + k] = own ? 1 : signs ? -1 : 0;
+        }
+    }
+}
+
+/* ---- ridge ----------------------------------------------------------------------------------------------- */
+
+/* The diagonal of A^-1 = L^-T L^-1: squared columns of L^-1, some columns at a time, of which what is above the first is 0. */
+static pk_status pk__inverse_diagonal(const pk__fitting *f, const double *factor, double *diagonal)
+{
+    enum { COLUMNS = 64 };
+    const size_t n = f->n;
+    double *block = NULL;
+    pk_status status = pk_allocate(f->context, n, COLUMNS * sizeof *block, "columns of an inverse", &block);
+    for (size_t first = 0; first < n && !status; first += COLUMNS) {
+        const size_t width = pk__min((size_t)COLUMNS, n - first), rows = n - first;
+        memset(block, 0, rows * width * sizeof *block);
+        for (size_t c = 0; c < width; c++)
+            block[c * width + c] = 1;
+        pk__triangle_solve(f->context, rows, factor + first * n + first, n, 1, width, block);
+        for (size_t c = 0; c < width; c++)
+            diagonal[first + c] = 0;
+        for (size_t i = 0; i < rows; i++)
+            for (size_t c = 0; c < width; c++)
+                diagonal[first + c] += block[i * width + c] * block[i * width + c];
+    }
+    pk_release(f->context, block);
+    return status;
+}
+
+static pk_status pk__fit_ridge(pk__fitting *f)
+{
+    const size_t n = f->n, K = f->outputs;
+    const double lambda = f->options->regularization, *y = f->targets;
+    pk_machine *m = f->machine;
+    double *inverse = m->leverage, sum = 0, most_y = 0, worst = 0, trace = 0;
+    size_t row = 0;
+    memcpy(m->factor, f->gram, n * n * sizeof *m->factor);
+    for (size_t i = 0; i < n; i++)
+        m->factor[i * n + i] += lambda;
+    pk_status status = pk_cholesky(f->context, n, m->factor, &row);
+    if (status)
+        return row < n ? pk__fail(f->context, PK_ARGUMENT,
+                                  "ridge: K + lambda I is not positive definite for lambda %g: row %zu depends "
+                                  "on those before it",
+                                  lambda, row)
+                       : status;
+    memcpy(m->coefficients, y, n * K * sizeof *y);
+    status = pk_cholesky_solve(f->context, n, m->factor, 0, K, m->coefficients);
+    if (!status)
+        status = pk__inverse_diagonal(f, m->factor, inverse);
+    if (!status && m->ones) {
+        for (size_t i = 0; i < n; i++)
+            m->ones[i] = 1;
+        status = pk_cholesky_solve(f->context, n, m->factor, 0, 1, m->ones);
+    }
+    if (status)
+        return status;
+    for (size_t i = 0; i < n; i++)
+        trace += inverse[i];
+    for (size_t k = 0; k < K; k++) {
+        double squares = 0;
+        for (size_t i = 0; i < n; i++)
+            squares += m->coefficients[i * K + k] * m->coefficients[i * K + k];
+        m->kare[k] = m->ones ? (double)NAN : squares / (double)n / (trace / (double)n * (trace / (double)n));
+    }
+    for (size_t i = 0; m->ones && i < n; i++)
+        sum += m->ones[i];
+    for (size_t i = 0; m->ones && i < n; i++)
+        inverse[i] -= m->ones[i] * m->ones[i] / sum;
+    m->degrees_of_freedom = 0;
+    for (size_t k = 0; k < K; k++) {
+        if (m->ones) {
+            for (size_t i = 0; i < n; i++)
+                m->intercept[k] += m->coefficients[i * K + k] / sum;
+            for (size_t i = 0; i < n; i++)
+                m->coefficients[i * K + k] -= m->intercept[k] * m->ones[i];
+        }
+        for (size_t i = 0; i < n; i++) {
+            double alpha = m->coefficients[i * K + k], value = m->intercept[k], error;
+            for (size_t j = 0; j < n; j++)
+                value += f->gram[i * n + j] * m->coefficients[j * K + k];
+            m->fitted[i * K + k] = value;
+            m->leave_one_out[i * K + k] = y[i * K + k] - alpha / inverse[i];
+            error = value - y[i * K + k];
+            worst = fmax(worst, fabs(error + lambda * alpha));
+            most_y = fmax(most_y, fabs(y[i * K + k]));
+            /* lambda/2 alpha^T K alpha, K alpha being the value without b */
+            m->objective[k] += 0.5 * (error * error + lambda * alpha * (value - m->intercept[k]));
+        }
+    }
+    for (size_t i = 0; i < n; i++) { /* from 1/A^-1_ii to H_ii = 1 - lambda P_ii */
+        inverse[i] = 1 - lambda * inverse[i];
+        m->degrees_of_freedom += inverse[i];
+    }
+    m->certificate = most_y > 0 ? worst / most_y : worst;
+    m->iterations = 1;
+    return PK_OK;
+}
+
+/* ---- logistic and softmax -------------------------------------------------------------------------------- */
+
+typedef struct pk__newton {
+    const pk__fitting *f;
+    size_t n, classes;    /* of this machine: 1 or the classes of softmax */
+    size_t stride, first; /* of its columns among the outputs */
+    const double *gram;   /* K, or K^2 */
+    double *beta, *step, *value,
+        *value_step;    /* n x classes: coefficients on gram and their change, f and its change */
+    double *p, *right;  /* n x classes: probabilities; a right-hand side */
+    double *factors;    /* classes x n x n: of B_c = I + D^1/2 G D^1/2 / lambda */
+    double *roots;      /* classes x n: sqrt(D) */
+    double *coupled;    /* n x n: of the sum of E_c; softmax only */
+    double *work;       /* n x (2 classes) */
+    double *b, *b_step; /* classes */
+    double *schur;      /* n x classes x classes: what weights answer to each intercept */
+    double scale;       /* of the gradient by beta; 0: not known yet */
+} pk__newton;
+
+/* value of l at f + t step, and of the penalty; p when wanted. */
+static double pk__newton_objective(pk__newton *w, double t, double *p)
+{
+    const size_t n = w->n, C = w->classes;
+    const double lambda = w->f->options->regularization;
+    double loss = 0, penalty = 0;
+    for (size_t i = 0; i < n; i++) {
+        const double *y = w->f->targets + i * w->stride + w->first, *f = w->value + i * C,
+                     *d = w->value_step + i * C;
+        if (C == 1) {
+            const double margin = y[0] * (f[0] + t * d[0]);
+            loss += margin > 0 ? log1p(exp(-margin)) : log1p(exp(margin)) - margin;
+            if (p)
+                p[i] = margin > 0 ? exp(-margin) / (1 + exp(-margin))
+                                  : 1 / (1 + exp(margin)); /* of the wrong side */
+        } else {
+            double most = -INFINITY, sum = 0, own = 0;
+            for (size_t c = 0; c < C; c++) {
+                most = fmax(most, f[c] + t * d[c]);
+                own += y[c] * (f[c] + t * d[c]);
+            }
+            for (size_t c = 0; c < C; c++)
+                sum += exp(f[c] + t * d[c] - most);
+            for (size_t c = 0; p && c < C; c++)
+                p[i * C + c] = exp(f[c] + t * d[c] - most) / sum;
+            loss += most - own + log(sum);
+        }
+        for (size_t c = 0; c < C; c++) {
+            const double b = w->b[c] + t * w->b_step[c];
+            penalty += (w->beta[i * C + c] + t * w->step[i * C + c]) * (f[c] + t * d[c] - b);
+        }
+    }
+    return loss + 0.5 * lambda * penalty;
+}
+
+/* minus the derivative of the loss by f (i, c) */
+static double pk__newton_residual(const pk__newton *w, size_t i, size_t c)
+{
+    const double y = w->f->targets[i * w->stride + w->first + c], p = w->p[i * w->classes + c];
+    return w->classes == 1 ? y * p : y - p;
+}
+
+/* out (n x C) = G x. */
+static void pk__newton_times(const pk__newton *w, const double *x, double *out)
+{
+    const size_t n = w->n, C = w->classes, tasks = (n + 63) / 64;
+    pk__team team = pk__team_of(w->f->context, pk_threads(w->f->context), tasks);
+    PK__PARALLEL(team)
+    for (size_t task = pk__first_task(&team); task < tasks; task = pk__next_task(&team))
+        for (size_t i = task * 64; i < pk__min(n, task * 64 + 64); i++) {
+            const double *row = w->gram + i * n;
+            for (size_t c = 0; c < C; c++) {
+                double sum = 0;
+                PK__SIMD_SUM(sum)
+                for (size_t j = 0; j < n; j++)
+                    sum += row[j] * x[j * C + c];
+                out[i * C + c] = sum;
+            }
+        }
+    pk__team_end(&team);
+}
+
+/* x (n), of column c: E_c x = D^1/2 B_c^-1 D^1/2 x, in place. */
+static pk_status pk__newton_e(const pk__newton *w, size_t c, double *x)
+{
+    const size_t n = w->n;
+    const double *root = w->roots + c * n;
+    for (size_t i = 0; i < n; i++)
+        x[i] *= root[i];
+    pk_status status = pk_cholesky_solve(w->f->context, n, w->factors + c * n * n, 0, 1, x);
+    for (size_t i = 0; i < n; i++)
+        x[i] *= root[i];
+    return status;
+}
+
+/* The factors for the present p. */
+static pk_status pk__newton_factors(pk__newton *w)
+{
+    const size_t n = w->n, C = w->classes;
+    const double lambda = w->f->options->regularization;
+    pk_status status = PK_OK;
+    if (w->coupled)
+        memset(w->coupled, 0, n * n * sizeof *w->coupled);
+    for (size_t c = 0; c < C && !status; c++) {
+        double *factor = w->factors + c * n * n, *root = w->roots + c * n;
+        for (size_t i = 0; i < n; i++) {
+            const double p = w->p[i * C + c];
+            root[i] = sqrt(C == 1 ? p * (1 - p) : p);
+        }
+        for (size_t i = 0; i < n; i++)
+            for (size_t j = 0; j <= i; j++)
+                factor[i * n + j] = (i == j) + root[i] * w->gram[i * n + j] * root[j] / lambda;
+        status = pk_cholesky(w->f->context, n, factor, NULL);
+        if (status || !w->coupled)
+            continue;
+        /* E_c = D^1/2 B^-1 D^1/2 = S^T S with S = L^-1 D^1/2, some columns of B^-1 at a time */
+        enum { COLUMNS = 64 };
+        for (size_t first = 0; first < n && !status; first += COLUMNS) {
+            const size_t width = pk__min((size_t)COLUMNS, n - first);
+            double *block = w->schur; /* n x COLUMNS */
+            memset(block, 0, n * width * sizeof *block);
+            for (size_t k = 0; k < width; k++)
+                block[(first + k) * width + k] = root[first + k];
+            status = pk_cholesky_solve(w->f->context, n, factor, 0, width, block);
+            for (size_t i = 0; i < n; i++)
+                for (size_t k = 0; k < width; k++)
+                    w->coupled[i * n + first + k] += root[i] * block[i * width + k];
+        }
+    }
+    if (!status && w->coupled) {
+        /* A p that vanishes for all classes but one leaves nothing of a row of the sum: a row of the identity does as well. */
+        for (size_t i = 0; i < n; i++)
+            if (!(w->coupled[i * n + i] > 0))
+                w->coupled[i * n + i] = 1;
+        status = pk_cholesky(w->f->context, n, w->coupled, NULL);
+    }
+    return status;
+}
+
+/* x (n x C) := (I + W G / lambda)^-1 W-scaled solution: the a of  a = r - W G a / lambda, for r = x. With E as above and the sum
+ * over classes R: a = (I - E G/lambda + E R M^-1 R^T E G/lambda) r (Rasmussen and Williams 2006, equation 3.39). */
+static pk_status pk__newton_apply(pk__newton *w, double *x)
+{
+    const size_t n = w->n, C = w->classes;
+    const double lambda = w->f->options->regularization;
+    double *g = w->work, *column = w->work + n * C, *sum = column + n;
+    pk_status status = PK_OK;
+    pk__newton_times(w, x, g);
+    memset(sum, 0, n * sizeof *sum);
+    for (size_t c = 0; c < C && !status; c++) { /* g: c = E G x / lambda */
+        for (size_t i = 0; i < n; i++)
+            column[i] = g[i * C + c] / lambda;
+        status = pk__newton_e(w, c, column);
+        for (size_t i = 0; i < n; i++) {
+            g[i * C + c] = column[i];
+            sum[i] += column[i];
+        }
+    }
+    if (!status && w->coupled)
+        status = pk_cholesky_solve(w->f->context, n, w->coupled, 0, 1, sum);
+    for (size_t c = 0; c < C && !status; c++) {
+        if (w->coupled) {
+            memcpy(column, sum, n * sizeof *sum);
+            status = pk__newton_e(w, c, column);
+        }
+        for (size_t i = 0; i < n; i++)
+            x[i * C + c] += (w->coupled ? column[i] : 0) - g[i * C + c];
+    }
+    return status;
+}
+
+/* out (n x C) = W x, W the second derivative of the loss by f. */
+static void pk__newton_curvature(const pk__newton *w, const double *x, double *out)
+{
+    const size_t C = w->classes;
+    for (size_t i = 0; i < w->n; i++) {
+        const double *p = w->p + i * C;
+        double mean = 0;
+        for (size_t c = 0; c < C; c++)
+            mean += C == 1 ? 0 : p[c] * x[i * C + c];
+        for (size_t c = 0; c < C; c++)
+            out[i * C + c] = C == 1 ? p[0] * (1 - p[0]) * x[i] : p[c] * (x[i * C + c] - mean);
+    }
+}
+
+/* Solves the C x C equations of the intercepts, symmetric and semidefinite (a shift of all is free), by elimination with pivots from
+ * the diagonal; what is left of the free direction is 0. */
+static void pk__intercept_solve(size_t C, double *a, double *right)
+{
+    double largest = 0;
+    for (size_t c = 0; c < C; c++)
+        largest = fmax(largest, fabs(a[c * C + c]));
+    for (size_t c = 0; c < C; c++) {
+        if (!(a[c * C + c] > 1e-13 * largest)) {
+            for (size_t j = 0; j < C; j++)
+                a[c * C + j] = a[j * C + c] = 0;
+            a[c * C + c] = 1;
+            right[c] = 0;
+            continue;
+        }
+        for (size_t i = c + 1; i < C; i++) {
+            const double times = a[i * C + c] / a[c * C + c];
+            for (size_t j = c; j < C; j++)
+                a[i * C + j] -= times * a[c * C + j];
+            right[i] -= times * right[c];
+        }
+    }
+    for (size_t c = C; c-- > 0;) {
+        for (size_t j = c + 1; j < C; j++)
+            right[c] -= a[c * C + j] * right[j];
+        right[c] /= a[c * C + c];
+    }
+}
+
+/* The change of beta and b by a step of Newton. beta' solves lambda beta' = r - W (G beta' + 1 b' - f), r = -dl/df, and with an
+ * intercept sum_i beta'_i = 0. */
+static pk_status pk__newton_step(pk__newton *w)
+{
+    const size_t n = w->n, C = w->classes;
+    const double lambda = w->f->options->regularization;
+    double *answer = w->schur + n * 64; /* n x C for one intercept */
+    double *matrix = w->b_step + C;     /* C x C */
+    pk_status status = pk__newton_factors(w);
+    if (status)
+        return status;
+    pk__newton_curvature(w, w->value, w->step);
+    for (size_t i = 0; i < n; i++)
+        for (size_t c = 0; c < C; c++)
+            w->step[i * C + c] = (w->step[i * C + c] + pk__newton_residual(w, i, c)) / lambda;
+    status = pk__newton_apply(w, w->step);
+    for (size_t c = 0; c < C; c++)
+        w->b_step[c] = 0;
+    if (w->f->options->intercept && !status) {
+        for (size_t i = 0; i < n; i++)
+            for (size_t c = 0; c < C; c++)
+                w->b_step[c] += w->step[i * C + c];
+        double *const answers = answer;
+        for (size_t k = 0; k < C && !status; k++) {
+            double *a = answers + k * n * C;
+            memset(w->right, 0, n * C * sizeof *w->right);
+            for (size_t i = 0; i < n; i++)
+                w->right[i * C + k] = 1;
+            pk__newton_curvature(w, w->right, a);
+            for (size_t i = 0; i < n * C; i++)
+                a[i] /= lambda;
+            status = pk__newton_apply(w, a);
+            for (size_t c = 0; c < C; c++) {
+                matrix[c * C + k] = 0;
+                for (size_t i = 0; i < n; i++)
+                    matrix[c * C + k] += a[i * C + c];
+            }
+        }
+        if (status)
+            return status;
+        pk__intercept_solve(C, matrix, w->b_step);
+        double mean = 0;
+        for (size_t c = 0; C > 1 && c < C; c++)
+            mean += w->b_step[c] / (double)C;
+        for (size_t c = 0; c < C; c++)
+            w->b_step[c] -= mean;
+        for (size_t k = 0; k < C; k++)
+            for (size_t i = 0; i < n * C; i++)
+                w->step[i] -= answers[k * n * C + i] * w->b_step[k];
+    }
+    for (size_t i = 0; i < n * C; i++)
+        w->step[i] -= w->beta[i];
+    pk__newton_times(w, w->step, w->value_step);
+    for (size_t c = 0; c < C; c++)
+        w->b_step[c] -= w->b[c];
+    for (size_t i = 0; i < n; i++)
+        for (size_t c = 0; c < C; c++)
+            w->value_step[i * C + c] += w->b_step[c];
+    return status;
+}
+
+/* The largest |gradient| by beta, G (lambda beta - r), relative to its largest at 0; and by b, sum r, to the largest that it could be:
+ * for one may be in units of the other's square. r is minus the derivative of the loss by f. */
+static double pk__newton_gradient(pk__newton *w)
+{
+    const size_t n = w->n, C = w->classes;
+    const double lambda = w->f->options->regularization;
+    double by_beta = 0, by_b = 0;
+    for (size_t i = 0; i < n; i++)
+        for (size_t c = 0; c < C; c++)
+            w->right[i * C + c] = lambda * w->beta[i * C + c] - pk__newton_residual(w, i, c);
+    pk__newton_times(w, w->right, w->work);
+    for (size_t i = 0; i < n * C; i++)
+        by_beta = fmax(by_beta, fabs(w->work[i]));
+    for (size_t c = 0; c < C && w->f->options->intercept; c++) {
+        double sum = 0;
+        for (size_t i = 0; i < n; i++)
+            sum += pk__newton_residual(w, i, c);
+        by_b = fmax(by_b, fabs(sum));
+    }
+    if (!(w->scale > 0))
+        w->scale = by_beta;
+    return fmax(w->scale > 0 ? by_beta / w->scale : 0, by_b / (double)n);
+}
+
+/* beta and b by t of their steps, and f anew. */
+static void pk__newton_move(pk__newton *w, double t)
+{
+    const size_t n = w->n, C = w->classes;
+    for (size_t i = 0; i < n * C; i++)
+        w->beta[i] += t * w->step[i];
+    pk__newton_times(w, w->beta, w->value);
+    for (size_t c = 0; c < C; c++) {
+        w->b[c] += t * w->b_step[c];
+        for (size_t i = 0; i < n; i++)
+            w->value[i * C + c] += w->b[c];
+    }
+}
+
+/* Newton's method with line search, from 0. It ends where no step makes the objective or, in its last digits, the gradient smaller. */
+static pk_status pk__newton_run(pk__newton *w, double *certificate, double *objective, int *iterations)
+{
+    const size_t n = w->n, C = w->classes;
+    pk_status status = PK_OK;
+    memset(w->beta, 0, n * C * sizeof *w->beta);
+    memset(w->step, 0, n * C * sizeof *w->step);
+    memset(w->value, 0, n * C * sizeof *w->value);
+    memset(w->value_step, 0, n * C * sizeof *w->value_step);
+    memset(w->b, 0, 2 * C * sizeof *w->b);
+    double value = pk__newton_objective(w, 0, w->p), gradient = pk__newton_gradient(w);
+    *iterations = 0;
+    while (*iterations < PK__MACHINE_STEPS && gradient > 1e-16 && !status) {
+        status = pk__newton_step(w);
+        if (status)
+            break;
+        /* In its last digits the objective is rounding, and the gradient decides. */
+        double t = 1, next = pk__newton_objective(w, t, NULL);
+        while (!(next < value) && t > 1e-10 && !(fabs(next - value) <= 1e-10 * fabs(value))) {
+            t /= 2;
+            next = pk__newton_objective(w, t, NULL);
+        }
+        pk__newton_move(w, t);
+        const double after = pk__newton_objective(w, 0, w->p), slope = pk__newton_gradient(w);
+        ++*iterations;
+        if (!(slope < gradient) && !(after < value - 1e-10 * fabs(value))) {
+            pk__newton_move(w, -t);
+            (void)pk__newton_objective(w, 0, w->p);
+            gradient = pk__newton_gradient(w);
+            break;
+        }
+        value = after;
+        gradient = slope;
+    }
+    *certificate = gradient;
+    *objective = value;
+    return status;
+}
+
+/* One machine, columns first .. first + classes - 1 of the outputs. */
+static pk_status pk__fit_newton(pk__fitting *f, const double *gram, size_t first, size_t classes)
+{
+    const size_t n = f->n, C = classes, K = f->outputs;
+    const int coefficients = f->options->penalize_coefficients;
+    pk_machine *m = f->machine;
+    pk__newton w = {.f = f, .n = n, .classes = C, .stride = K, .first = first, .gram = gram};
+    pk__arena arena = {NULL, 0, 0, 0};
+    pk_status status = PK_OK;
+    double certificate = 0, objective = 0;
+    int iterations = 0;
+    do {
+        double **const vectors[] = {&w.beta, &w.step, &w.value, &w.value_step, &w.p, &w.right};
+        for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++)
+            *vectors[i] = pk__arena_take(&arena, n, C * sizeof(double));
+        w.factors = pk__arena_take(&arena, n, n * C * sizeof(double));
+        w.roots = pk__arena_take(&arena, n, C * sizeof(double));
+        w.coupled = C > 1 ? pk__arena_take(&arena, n, n * sizeof(double)) : NULL;
+        w.work = pk__arena_take(&arena, n, (C + 2) * sizeof(double));
+        w.schur = pk__arena_take(&arena, n, (64 + C * C) * sizeof(double));
+        w.b = pk__arena_take(&arena, 2 + C, C * sizeof(double));
+    } while (pk__arena_again(f->context, &arena, "Newton's method", &status));
+    if (status)
+        return status;
+    w.b_step = w.b + C;
+    status = pk__newton_run(&w, &certificate, &objective, &iterations);
+    if (!status) {
+        for (size_t c = 0; c < C; c++)
+            m->intercept[first + c] = w.b[c];
+        /* alpha = beta, or K beta where G = K^2 */
+        if (coefficients) {
+            w.gram = f->gram;
+            pk__newton_times(&w, w.beta, w.step);
+        }
+        for (size_t i = 0; i < n; i++)
+            for (size_t c = 0; c < C; c++) {
+                m->coefficients[i * K + first + c] = (coefficients ? w.step : w.beta)[i * C + c];
+                m->fitted[i * K + first + c] = w.value[i * C + c];
+            }
+        m->objective[first] = objective;
+        m->certificate = fmax(m->certificate, certificate);
+        m->iterations = pk__max(m->iterations, iterations);
+    }
+    pk_release(f->context, arena.base);
+    return status;
+}
+
+/* ---- support vector machines ----------------------------------------------------------------------------- */
+
+/* The dual: minimize 1/2 u^T Q u - sum_i gain(u_i) over u = the coefficients, with lower_i <= u_i <= upper_i and, with an
+ * intercept, sum u = 0; gain = y_i u_i - epsilon |u_i|. For the hinges the sign of u_i is that of y_i, and epsilon is 0. */
+typedef struct pk__dual {
+    const double *gram, *y; /* y with a stride */
+    size_t n, stride;
+    double shift;          /* Q = gram + shift I */
+    double bound, epsilon; /* C, infinite for the squared hinge */
+    int signed_rows;       /* u_i y_i >= 0 */
+    int intercept;
+    double *u, *gradient; /* n: u, and Q u - y */
+} pk__dual;
+
+static double pk__dual_lower(const pk__dual *d, size_t i)
+{
+    return d->signed_rows && d->y[i * d->stride] > 0 ? 0 : -d->bound;
+}
+
+static double pk__dual_upper(const pk__dual *d, size_t i)
+{
+    return d->signed_rows && d->y[i * d->stride] < 0 ? 0 : d->bound;
+}
+
+/* The derivative of the objective by u_i, to its right (up) or left. */
+static double pk__dual_slope(const pk__dual *d, size_t i, int up)
+{
+    const double u = d->u[i];
+    return d->gradient[i] + (u > 0 || (u == 0 && up) ? d->epsilon : -d->epsilon);
+}
+
+static int pk__dual_movable(const pk__dual *d, size_t i, int up)
+{
+    return up ? d->u[i] < pk__dual_upper(d, i) : d->u[i] > pk__dual_lower(d, i);
+}
+
+static double pk__dual_entry(const pk__dual *d, size_t i, size_t j)
+{
+    return d->gram[i * d->n + j] + (i == j ? d->shift : 0);
+}
+
+static void pk__dual_move(pk__dual *d, size_t i, double by)
+{
+    const double *row = d->gram + i * d->n;
+    d->u[i] += by;
+    PK__SIMD
+    for (size_t j = 0; j < d->n; j++)
+        d->gradient[j] += by * row[j];
+    d->gradient[i] += by * d->shift;
+}
+
+/* How far u_i may go up or down along one piece of the objective: to its bound, or to 0 where |u| has its kink. */
+static double pk__dual_room(const pk__dual *d, size_t i, int up)
+{
+    const double u = d->u[i], to = up ? pk__dual_upper(d, i) : pk__dual_lower(d, i);
+    if (d->epsilon > 0 && (up ? u < 0 : u > 0) && (up ? to > 0 : to < 0))
+        return fabs(u);
+    return fabs(to - u);
+}
+
+/* Moves u_i by exactly its room where that is what it takes: rounding shall not leave it beside the bound. */
+static void pk__dual_land(pk__dual *d, size_t i, int up, double by, double room)
+{
+    const double u = d->u[i], bound = up ? pk__dual_upper(d, i) : pk__dual_lower(d, i);
+    pk__dual_move(d, i, up ? by : -by);
+    if (by == room)
+        d->u[i] = fabs(bound - u) == room ? bound : 0;
+}
+
+/* One step, of a pair or of a single row; 0 where no slope exceeds the tolerance. */
+static int pk__dual_step(pk__dual *d, double tolerance)
+{
+    const size_t n = d->n;
+    size_t i = n, j = n;
+    double steepest = -INFINITY, best = 0;
+    int i_up = 1;
+    if (!d->intercept) {
+        for (size_t k = 0; k < n; k++)
+            for (int up = 0; up < 2; up++) {
+                const double slope = up ? -pk__dual_slope(d, k, 1) : pk__dual_slope(d, k, 0);
+                const double gain = slope * slope / fmax(pk__dual_entry(d, k, k), 1e-300);
+                if (slope > tolerance && pk__dual_movable(d, k, up) && gain > best) {
+                    best = gain;
+                    i = k;
+                    i_up = up;
+                }
+            }
+        if (i == n)
+            return 0;
+        const double slope = i_up ? -pk__dual_slope(d, i, 1) : pk__dual_slope(d, i, 0);
+        const double room = pk__dual_room(d, i, i_up), curve = pk__dual_entry(d, i, i);
+        if (!(curve > 0) && isinf(room))
+            return 0;
+        pk__dual_land(d, i, i_up, curve > 0 ? fmin(room, slope / curve) : room, room);
+        return 1;
+    }
+    /* i goes up, j down by the same */
+    for (size_t k = 0; k < n; k++)
+        if (pk__dual_movable(d, k, 1) && -pk__dual_slope(d, k, 1) > steepest) {
+            steepest = -pk__dual_slope(d, k, 1);
+            i = k;
+        }
+    for (size_t k = 0; i < n && k < n; k++) {
+        const double slope = k == i ? 0 : steepest + pk__dual_slope(d, k, 0);
+        if (k == i || !pk__dual_movable(d, k, 0) || !(slope > tolerance))
+            continue;
+        const double curve = pk__dual_entry(d, i, i) + pk__dual_entry(d, k, k) - 2 * pk__dual_entry(d, i, k);
+        const double gain = slope * slope / fmax(curve, 1e-12);
+        if (gain > best) {
+            best = gain;
+            j = k;
+        }
+    }
+    if (j == n)
+        return 0;
+    const double slope = steepest + pk__dual_slope(d, j, 0), room_i = pk__dual_room(d, i, 1),
+                 room_j = pk__dual_room(d, j, 0), room = fmin(room_i, room_j),
+                 curve = pk__dual_entry(d, i, i) + pk__dual_entry(d, j, j) - 2 * pk__dual_entry(d, i, j);
+    const double by = fmin(room, slope / fmax(curve, 1e-12));
+    if (isinf(by))
+        return 0;
+    pk__dual_land(d, i, 1, by, room_i);
+    pk__dual_land(d, j, 0, by, room_j);
+    return 1;
+}
+
+/* The best intercept given u: between the largest -slope up and the least -slope down; where one is infinite, the other. */
+static double pk__dual_intercept(const pk__dual *d)
+{
+    double low = -INFINITY, high = INFINITY;
+    if (!d->intercept)
+        return 0;
+    for (size_t i = 0; i < d->n; i++) {
+        if (pk__dual_movable(d, i, 1))
+            low = fmax(low, -pk__dual_slope(d, i, 1));
+        if (pk__dual_movable(d, i, 0))
+            high = fmin(high, -pk__dual_slope(d, i, 0));
+    }
+    return isinf(low) ? (isinf(high) ? 0 : high) : isinf(high) ? low : 0.5 * (low + high);
+}
+
+/* Objectives, divided by lambda: 1/2 u^T K u + C sum of losses, and the dual's. f = K u + b. */
+static void pk__dual_objectives(const pk__dual *d, double b, int squared, double weight, double *primal,
+                                double *dual)
+{
+    double form = 0, losses = 0, gain = 0, square = 0;
+    for (size_t i = 0; i < d->n; i++) {
+        const double y = d->y[i * d->stride], u = d->u[i], ku = d->gradient[i] + y - d->shift * u, f = ku + b;
+        const double beyond = fmax(0, d->signed_rows ? 1 - y * f : fabs(f - y) - d->epsilon);
+        losses += squared ? beyond * beyond : beyond;
+        form += u * ku;
+        square += u * u;
+        gain += y * u - d->epsilon * fabs(u);
+    }
+    *primal = 0.5 * form + weight * losses;
+    *dual = gain - 0.5 * form - 0.5 * d->shift * square;
+}
+
+/* u recomputed as rounding left it: gradient = Q u - y. */
+static void pk__dual_refresh(pk__dual *d)
+{
+    for (size_t i = 0; i < d->n; i++)
+        d->gradient[i] = -d->y[i * d->stride];
+    for (size_t i = 0; i < d->n; i++) {
+        const double u = d->u[i];
+        d->u[i] = 0;
+        if (u != 0)
+            pk__dual_move(d, i, u);
+        d->u[i] = u;
+    }
+}
+
+/* Solves the equations of the rows between the bounds, the others staying: Q_ff x - b 1 = r, sum x = s. In `to` (n). 0: singular, or a
+ * row would leave its piece. memory: n^2 + 2 n numbers. */
+static int pk__dual_polish(const pk__dual *d, size_t *rows, double *memory, double *scratch, double *to)
+{
+    const size_t n = d->n;
+    size_t count = 0;
+    double *q = memory, *right;
+    for (size_t i = 0; i < n; i++)
+        if (d->u[i] != 0 && fabs(d->u[i]) != d->bound)
+            rows[count++] = i;
+    if (!count)
+        return 0;
+    right = q + count * count; /* count x 2: r and ones */
+    double sum = 0, of_right = 0, of_ones = 0;
+    for (size_t i = 0; i < n; i++)
+        sum -= fabs(d->u[i]) == d->bound ? d->u[i] : 0;
+    for (size_t a = 0; a < count; a++) {
+        const size_t i = rows[a];
+        /* r: the gradient of the rows at their bounds alone */
+        double r = d->y[i * d->stride] - (d->u[i] > 0 ? d->epsilon : -d->epsilon);
+        for (size_t j = 0; j < n; j++)
+            r -= fabs(d->u[j]) == d->bound ? d->gram[i * n + j] * d->u[j] : 0;
+        right[2 * a] = r;
+        right[2 * a + 1] = 1;
+        for (size_t c = 0; c < count; c++)
+            q[a * count + c] = pk__dual_entry(d, i, rows[c]);
+    }
+    /* With an intercept Q need be positive on sum x = 0 alone: 1 1^T times its scale changes nothing there. */
+    const double scale = d->intercept ? fabs(q[0]) + 1e-300 : 0;
+    for (size_t a = 0; a < count * count; a++)
+        q[a] += scale;
+    for (size_t a = 0; a < count; a++)
+        right[2 * a] += scale * sum;
+    pk_context one = {0};
+    one.threads = 1;
+    if (pk__cholesky_factor(&one, count, q, scratch) < count)
+        return 0;
+    pk__triangle_solve(&one, count, q, count, 0, 2, right);
+    for (size_t a = 0; a < count; a++) {
+        of_right += right[2 * a];
+        of_ones += right[2 * a + 1];
+    }
+    const double b = d->intercept ? (of_right - sum) / of_ones : 0;
+    memcpy(to, d->u, n * sizeof *to);
+    for (size_t a = 0; a < count; a++) {
+        const double u = d->u[rows[a]], x = right[2 * a] - b * right[2 * a + 1];
+        if (!((u > 0) == (x > 0) && x != 0 && fabs(x) <= d->bound))
+            return 0;
+        to[rows[a]] = x;
+    }
+    return 1;
+}
+
+/* One machine: column k. */
+static pk_status pk__fit_dual(pk__fitting *f, size_t k, double *certificate, int *iterations)
+{
+    const pk_machine_options *options = f->options;
+    const size_t n = f->n, K = f->outputs;
+    const int squared = options->loss == PK_MACHINE_SQUARED_HINGE;
+    const double lambda = options->regularization;
+    pk_machine *m = f->machine;
+    pk__dual d = {.gram = f->gram,
+                  .y = f->targets + k,
+                  .n = n,
+                  .stride = K,
+                  .shift = squared ? lambda / 2 : 0,
+                  .bound = squared ? INFINITY : 1 / lambda,
+                  .epsilon = options->loss == PK_MACHINE_EPSILON_INSENSITIVE ? options->epsilon : 0,
+                  .signed_rows = options->loss != PK_MACHINE_EPSILON_INSENSITIVE,
+                  .intercept = options->intercept};
+    double *to = NULL, *memory = NULL, *scratch = NULL, *best = NULL, primal = 0, dual = 0, gap = INFINITY,
+           best_gap = INFINITY, scale = options->epsilon;
+    size_t *rows = NULL, steps = 0;
+    const size_t most = pk__max((size_t)1000000, 200 * n);
+    pk__arena arena = {NULL, 0, 0, 0};
+    pk_status status = PK_OK;
+    do {
+        d.u = pk__arena_take(&arena, n, sizeof *d.u);
+        d.gradient = pk__arena_take(&arena, n, sizeof *d.gradient);
+        to = pk__arena_take(&arena, n, sizeof *to);
+        best = pk__arena_take(&arena, n, sizeof *best);
+        rows = pk__arena_take(&arena, n, sizeof *rows);
+        memory = pk__arena_take(&arena, n + 2, n * sizeof *memory);
+        scratch = pk__arena_take(&arena, PK__CHOLESKY_BLOCK, PK__CHOLESKY_BLOCK * sizeof *scratch);
+    } while (pk__arena_again(f->context, &arena, "the dual problem", &status));
+    if (status)
+        return status;
+    for (size_t i = 0; i < n; i++) {
+        d.u[i] = 0;
+        scale = fmax(scale, fabs(d.y[i * K]));
+    }
+    pk__dual_refresh(&d);
+    double tolerance = 1e-3 * (scale > 0 ? scale : 1);
+    /* Each round goes on to a tolerance a tenth of the last, then solves for the free rows as long as the gap falls. */
+    for (int round = 0; round < 14 && steps < most; round++, tolerance /= 10) {
+        while (steps < most && pk__dual_step(&d, tolerance))
+            steps++;
+        for (int polish = 0; polish < PK__POLISHES; polish++) {
+            pk__dual_refresh(&d);
+            pk__dual_objectives(&d, pk__dual_intercept(&d), squared, 1 / lambda, &primal, &dual);
+            gap = primal > 0 ? (primal - dual) / primal : 0;
+            if (gap < best_gap) {
+                best_gap = gap;
+                memcpy(best, d.u, n * sizeof *best);
+            } else if (polish) {
+                break;
+            }
+            if (!pk__dual_polish(&d, rows, memory, scratch, to))
+                break;
+            memcpy(d.u, to, n * sizeof *to);
+        }
+        memcpy(d.u, best, n * sizeof *best);
+        pk__dual_refresh(&d);
+        if (best_gap < 1e-14)
+            break;
+    }
+    m->intercept[k] = pk__dual_intercept(&d);
+    pk__dual_objectives(&d, m->intercept[k], squared, 1 / lambda, &primal, &dual);
+    m->objective[k] = primal * lambda;
+    for (size_t i = 0; i < n; i++) {
+        m->coefficients[i * K + k] = d.u[i];
+        m->fitted[i * K + k] = d.gradient[i] + d.y[i * K] - d.shift * d.u[i] + m->intercept[k];
+    }
+    *certificate = best_gap;
+    *iterations = (int)pk__min(steps, (size_t)INT_MAX);
+    pk_release(f->context, arena.base);
+    return PK_OK;
+}
+
+/* ---- all ------------------------------------------------------------------------------------------------- */
+
+/* Positive semidefinite up to rounding: K + rounding trace I has a factor. */
+static pk_status pk__machine_check_gram(pk__fitting *f, double rounding, double *work)
+{
+    const size_t n = f->n;
+    double trace = 0, least = 0;
+    size_t row = n;
+    memcpy(work, f->gram, n * n * sizeof *work);
+    for (size_t i = 0; i < n; i++)
+        trace += f->gram[i * n + i];
+    for (size_t i = 0; i < n; i++)
+        work[i * n + i] += rounding * trace;
+    if (trace == 0 && n) {
+        for (size_t i = 0; i < n * n; i++)
+            if (f->gram[i] != 0)
+                return pk__fail(f->context, PK_ARGUMENT,
+                                "machine: the Gram matrix is not positive semidefinite: its trace is 0");
+        return PK_OK;
+    }
+    pk_status status = pk_cholesky(f->context, n, work, &row);
+    if (!status || row >= n)
+        return status;
+    double *values = NULL;
+    status = pk_allocate(f->context, n, sizeof *values, "eigenvalues", &values);
+    if (!status)
+        status = pk_symmetric_eigenvalues(f->context, n, f->gram, values, NULL);
+    if (!status) {
+        least = values[0];
+        status = pk__fail(f->context, PK_ARGUMENT,
+                          "machine: the Gram matrix is not positive semidefinite: its least eigenvalue is "
+                          "%.3g, its trace %.3g",
+                          least, trace);
+    }
+    pk_release(f->context, values);
+    return status;
+}
+
+static pk_status pk__machine_check(pk_context *context, size_t n, const double *gram, const pk_array *targets,
+                                   const pk_machine_options *o)
+{
+    if (!o || !targets || !pk_machine_loss_name(o->loss))
+        return pk__fail(context, PK_ARGUMENT, "machine: %s",
+                        !o         ? "the options are NULL"
+                        : !targets ? "the targets are NULL"
+                                   : "no such loss");
+    if (!n || !gram)
+        return pk__fail(context, PK_ARGUMENT, "machine: %s",
+                        n ? "the Gram matrix is NULL" : "a Gram matrix without rows");
+    if (!(o->regularization >= 0) || isinf(o->regularization) ||
+        (o->regularization == 0 && o->loss != PK_MACHINE_SQUARED))
+        return pk__fail(context, PK_ARGUMENT, "machine: the regularization %g, wanted a positive number",
+                        o->regularization);
+    if (!(o->epsilon >= 0) || isinf(o->epsilon))
+        return pk__fail(context, PK_ARGUMENT, "machine: epsilon %g, wanted a number from 0", o->epsilon);
+    if (o->epsilon > 0 && o->loss != PK_MACHINE_EPSILON_INSENSITIVE)
+        return pk__fail(context, PK_ARGUMENT, "machine: the loss %s has no epsilon",
+                        pk_machine_loss_name(o->loss));
+    if (o->penalize_coefficients && o->loss != PK_MACHINE_LOGISTIC && o->loss != PK_MACHINE_SOFTMAX)
+        return pk__fail(context, PK_ARGUMENT,
+                        "machine: coefficients are penalized by logistic and softmax only, not by %s",
+                        pk_machine_loss_name(o->loss));
+    return PK_OK;
+}
+
+/* An unpenalized intercept runs away where a class has no row. */
+static pk_status pk__machine_check_classes(const pk__fitting *f)
+{
+    const int softmax = f->options->loss == PK_MACHINE_SOFTMAX;
+    if (!f->options->intercept || (!softmax && f->options->loss != PK_MACHINE_LOGISTIC))
+        return PK_OK;
+    for (size_t k = 0; k < f->outputs; k++) {
+        size_t own = 0;
+        for (size_t i = 0; i < f->n; i++)
+            own += f->targets[i * f->outputs + k] > 0;
+        if ((own == 0 && !(softmax && f->outputs == 1)) || (!softmax && own == f->n))
+            return pk__fail(f->context, PK_ARGUMENT, "machine: %s %zu: the intercept has no finite best value",
+                            own ? "all rows are of class" : "no row is of class", k);
+    }
+    return PK_OK;
+}
+
+static pk_status pk__machine_solve(pk__fitting *f, double *square)
+{
+    const size_t n = f->n, K = f->outputs;
+    pk_machine *m = f->machine;
+    pk_status status = PK_OK;
+    if (f->options->loss == PK_MACHINE_SQUARED)
+        return pk__fit_ridge(f);
+    if (f->options->loss == PK_MACHINE_LOGISTIC || f->options->loss == PK_MACHINE_SOFTMAX) {
+        const int softmax = f->options->loss == PK_MACHINE_SOFTMAX;
+        if (f->options->penalize_coefficients) {
+            memset(square, 0, n * n * sizeof *square);
+            const size_t tasks = (n + 63) / 64;
+            pk__team team = pk__team_of(f->context, pk_threads(f->context), tasks);
+            PK__PARALLEL(team)
+            for (size_t task = pk__first_task(&team); task < tasks; task = pk__next_task(&team)) {
+                const size_t at = task * 64, rows = pk__min((size_t)64, n - at);
+                pk__subtract_product(0, 0, rows, n, n, f->gram + at * n, n, f->gram, n, square + at * n, n);
+            }
+            pk__team_end(&team);
+            for (size_t i = 0; i < n; i++)
+                for (size_t j = 0; j <= i; j++)
+                    square[i * n + j] = square[j * n + i] = -square[i * n + j];
+        }
+        const double *gram = f->options->penalize_coefficients ? square : f->gram;
+        if (softmax && K == 1) /* one class: f = 0 is as good as any */
+            return memset(m->fitted, 0, n * sizeof *m->fitted),
+                   memset(m->coefficients, 0, n * sizeof *m->coefficients), PK_OK;
+        for (size_t k = 0; k < (softmax ? 1 : K) && !status; k++)
+            status = pk__fit_newton(f, gram, k, softmax && K > 1 ? K : 1);
+        return status;
+    }
+    for (size_t k = 0; k < K && !status; k++) {
+        double certificate = 0;
+        int iterations = 0;
+        status = pk__fit_dual(f, k, &certificate, &iterations);
+        m->certificate = fmax(m->certificate, certificate);
+        m->iterations = pk__max(m->iterations, iterations);
+    }
+    return status;
+}
+
+PK_API pk_status pk_machine_fit(pk_context *context, size_t n, const double *gram, const pk_array *targets,
+                                const pk_machine_options *options, pk_machine *machine)
+{
+    pk__fitting f = {.context = context, .options = options, .machine = machine, .n = n};
+    size_t outputs = 0, classes = 0;
+    double largest = 0, *symmetric = NULL, *y = NULL, *work = NULL;
+    pk__arena kept = {NULL, 0, 0, 0}, arena = kept;
+    if (!machine)
+        return pk__fail(context, PK_ARGUMENT, "machine: the place for the result is NULL");
+    memset(machine, 0, sizeof *machine);
+    pk_status status = pk__machine_check(context, n, gram, targets, options);
+    if (!status)
+        status = pk__symmetric_check(context, "machine", n, gram, &largest);
+    if (!status)
+        status = pk__machine_targets(context, n, targets, options, &outputs, &classes);
+    if (status)
+        return status;
+    const int ridge = options->loss == PK_MACHINE_SQUARED;
+    do {
+        machine->coefficients = pk__arena_take(&kept, n, outputs * sizeof(double));
+        machine->fitted = pk__arena_take(&kept, n, outputs * sizeof(double));
+        machine->intercept = pk__arena_take(&kept, outputs, sizeof(double));
+        machine->objective = pk__arena_take(&kept, outputs, sizeof(double));
+        if (ridge) {
+            machine->leave_one_out = pk__arena_take(&kept, n, outputs * sizeof(double));
+            machine->leverage = pk__arena_take(&kept, n, sizeof(double));
+            machine->kare = pk__arena_take(&kept, outputs, sizeof(double));
+            machine->factor = pk__arena_take(&kept, n, n * sizeof(double));
+            machine->ones = options->intercept ? pk__arena_take(&kept, n, sizeof(double)) : NULL;
+        }
+    } while (pk__arena_again(context, &kept, "a kernel machine", &status));
+    machine->memory = kept.base;
+    if (!status)
+        do {
+            symmetric = pk__arena_take(&arena, n, n * sizeof(double));
+            work = pk__arena_take(&arena, n, n * sizeof(double));
+            y = pk__arena_take(&arena, n, outputs * sizeof(double));
+        } while (pk__arena_again(context, &arena, "a kernel machine", &status));
+    if (!status) {
+        machine->options = *options;
+        machine->rows = n;
+        machine->outputs = outputs;
+        machine->degrees_of_freedom = (double)NAN;
+        memset(machine->intercept, 0, outputs * sizeof(double));
+        memset(machine->objective, 0, outputs * sizeof(double));
+        for (size_t i = 0; i < n; i++)
+            for (size_t j = 0; j < n; j++)
+                symmetric[i * n + j] = 0.5 * gram[i * n + j] + 0.5 * gram[j * n + i];
+        pk__machine_read(targets, n, outputs, classes, pk__machine_kinds[options->loss].signs, y);
+        f.gram = symmetric;
+        f.targets = y;
+        f.outputs = outputs;
+        status = pk__machine_check_classes(&f);
+    }
+    if (!status)
+        status =
+            pk__machine_check_gram(&f, options->rounding > 0 ? options->rounding : PK__MACHINE_ROUNDING, work);
+    if (!status)
+        status = pk__machine_solve(&f, work);
+    pk_release(context, arena.base);
+    if (status) {
+        pk_machine_release(context, machine);
+        return status;
+    }
+    const double tolerance = options->tolerance > 0 ? options->tolerance : PK__MACHINE_TOLERANCE;
+    if (!(machine->certificate <= tolerance))
+        status = pk__fail(context, PK_NOT_CLOSED,
+                          "machine: the %s is %.2g of its scale after %d steps; the tolerance is %.2g",
+                          ridge                                 ? "residual"
+                          : options->loss <= PK_MACHINE_SOFTMAX ? "gradient"
+                                                                : "duality gap",
+                          machine->certificate, machine->iterations, tolerance);
+    return status;
+}
+
+PK_API void pk_machine_release(pk_context *context, pk_machine *machine)
+{
+    if (!machine)
+        return;
+    pk_release(context, machine->memory);
+    memset(machine, 0, sizeof *machine);
+}
+
+/* Shared by what is said about test rows. */
+static pk_status pk__machine_check_test(pk_context *context, const pk_machine *machine, size_t m,
+                                        const double *gram, const void *out)
+{
+    size_t numbers = 0;
+    if (!machine || !machine->rows || (m && (!gram || !out)))
+        return pk__fail(context, PK_ARGUMENT, "machine: %s",
+                        machine && machine->rows ? "the test rows or the place for the result are NULL"
+                                                 : "it is not fitted");
+    if (!pk__multiply(m, machine->rows, &numbers) || !pk__multiply(numbers, machine->outputs, &numbers) ||
+        numbers > SIZE_MAX / 64)
+        return pk__fail(context, PK_OVERFLOW, "machine: %zu test rows overflow", m);
+    for (size_t i = 0; i < m * machine->rows; i++)
+        if (!isfinite(gram[i]))
+            return pk__fail(context, PK_NOT_FINITE,
+                            "machine: the number (%zu, %zu) of the test rows is not finite", i / machine->rows,
+                            i % machine->rows);
+    return PK_OK;
+}
+
+PK_API pk_status pk_machine_predict(pk_context *context, const pk_machine *machine, size_t m,
+                                    const double *gram, double *predictions)
+{
+    pk_status status = pk__machine_check_test(context, machine, m, gram, predictions);
+    if (status)
+        return status;
+    const size_t n = machine->rows, K = machine->outputs;
+    pk__team team = pk__team_of(context, pk_threads(context), m);
+    PK__PARALLEL(team)
+    for (size_t i = pk__first_task(&team); i < m; i = pk__next_task(&team))
+        for (size_t k = 0; k < K; k++) {
+            double sum = 0;
+            PK__SIMD_SUM(sum)
+            for (size_t j = 0; j < n; j++)
+                sum += gram[i * n + j] * machine->coefficients[j * K + k];
+            predictions[i * K + k] = sum + machine->intercept[k];
+        }
+    pk__team_end(&team);
+    return PK_OK;
+}
+
+PK_API pk_status pk_machine_attribute(pk_context *context, const pk_machine *machine, size_t m,
+                                      const double *gram, double *shares)
+{
+    pk_status status = pk__machine_check_test(context, machine, m, gram, shares);
+    for (size_t i = 0; i < m && !status; i++)
+        for (size_t k = 0; k < machine->outputs; k++)
+            for (size_t j = 0; j < machine->rows; j++)
+                shares[(i * machine->outputs + k) * machine->rows + j] =
+                    gram[i * machine->rows + j] * machine->coefficients[j * machine->outputs + k];
+    return status;
+}
+
+PK_API pk_status pk_machine_variance(pk_context *context, const pk_machine *machine, size_t m,
+                                     const double *gram, const double *diagonal, double *variance)
+{
+    enum { ROWS = 32 };
+    double *columns = NULL, sum = 0;
+    pk_status status = pk__machine_check_test(context, machine, m, gram, variance);
+    if (!status && (m && !diagonal))
+        status = pk__fail(context, PK_ARGUMENT, "machine: the diagonal is NULL");
+    if (!status && !machine->factor)
+        status = pk__fail(context, PK_UNSUPPORTED, "machine: the loss %s has no variance; squared has",
+                          pk_machine_loss_name(machine->options.loss));
+    for (size_t i = 0; i < m && !status; i++)
+        if (!isfinite(diagonal[i]))
+            status = pk__fail(context, PK_NOT_FINITE, "machine: number %zu of the diagonal is not finite", i);
+    if (status)
+        return status;
+    const size_t n = machine->rows;
+    status = pk_allocate(context, n, ROWS * sizeof *columns, "test rows", &columns);
+    for (size_t i = 0; machine->ones && i < n; i++)
+        sum += machine->ones[i];
+    for (size_t first = 0; first < m && !status; first += ROWS) {
+        const size_t width = pk__min((size_t)ROWS, m - first);
+        for (size_t c = 0; c < width; c++) {
+            double answer = 1;
+            for (size_t j = 0; j < n; j++) {
+                columns[j * width + c] = gram[(first + c) * n + j];
+                answer -= machine->ones ? machine->ones[j] * gram[(first + c) * n + j] : 0;
+            }
+            variance[first + c] = diagonal[first + c] + (machine->ones ? answer * answer / sum : 0);
+        }
+        status = pk_cholesky_solve(context, n, machine->factor, 1, width, columns);
+        for (size_t j = 0; j < n && !status; j++)
+            for (size_t c = 0; c < width; c++)
+                variance[first + c] -= columns[j * width + c] * columns[j * width + c];
+    }
+    pk_release(context, columns);
+    return status;
+}
+
+PK__END_CODE
+
+/* pathkernel/binding/layout.h: implementation */
+PK__BEGIN_COLD_CODE
+
+/* Enums are the integers that the compiler takes for them. */
+/* clang-format off */
+#define PK__FIELD_KIND(value)                                                            \
+    _Generic((value), float: PK_FIELD_FLOAT, double: PK_FIELD_FLOAT,                     \
+             int: PK_FIELD_SIGNED, long: PK_FIELD_SIGNED, long long: PK_FIELD_SIGNED,    \
+             unsigned: PK_FIELD_UNSIGNED, unsigned long: PK_FIELD_UNSIGNED,              \
+             unsigned long long: PK_FIELD_UNSIGNED, default: PK_FIELD_OTHER)
+#define PK__TYPE(type) {#type, "", 0, sizeof(type), PK_FIELD_OTHER}
+#define PK__FIELD(type, field)                                                           \
+    {#type, #field, offsetof(type, field), sizeof(((const type *)0)->field),             \
+     PK__FIELD_KIND(((const type *)0)->field)}
+#define PK__CONSTANT(name) {"", #name, (size_t)(name), 0, PK_FIELD_OTHER}
+/* clang-format on */
+
+static const pk_field pk__layout[] = {
+    {"pk_real", "", 0, sizeof(pk_real), PK_FIELD_FLOAT},
+    PK__TYPE(pk_field),
+    PK__TYPE(pk_context),
+    PK__FIELD(pk_context, threads),
+    PK__FIELD(pk_context, memory_limit),
+    PK__FIELD(pk_context, progress),
+    PK__FIELD(pk_context, progress_user),
+    PK__FIELD(pk_context, memory_used),
+    PK__FIELD(pk_context, memory_peak),
+    PK__FIELD(pk_context, message),
+    PK__TYPE(pk_matrix),
+    PK__FIELD(pk_matrix, data),
+    PK__FIELD(pk_matrix, rows),
+    PK__FIELD(pk_matrix, cols),
+    PK__FIELD(pk_matrix, ld),
+    PK__TYPE(pk_array),
+    PK__FIELD(pk_array, type),
+    PK__FIELD(pk_array, rank),
+    PK__FIELD(pk_array, shape),
+    PK__FIELD(pk_array, data),
+    PK__FIELD(pk_array, row_items),
+    PK__TYPE(pk_dataset),
+    PK__FIELD(pk_dataset, inputs),
+    PK__FIELD(pk_dataset, targets),
+    PK__TYPE(pk_graph),
+    PK__FIELD(pk_graph, parameters),
+    PK__FIELD(pk_graph, columns),
+    PK__FIELD(pk_graph, checked),
+    PK__FIELD(pk_graph, input_width),
+    PK__FIELD(pk_graph, output_width),
+    PK__FIELD(pk_graph, input_shape.rank),
+    PK__FIELD(pk_graph, input_shape.dims),
+    PK__FIELD(pk_graph, text),
+    PK__TYPE(pk_constants),
+    PK__FIELD(pk_constants, load),
+    PK__FIELD(pk_constants, user),
+    PK__TYPE(pk_run),
+    PK__FIELD(pk_run, graph),
+    PK__FIELD(pk_run, steps),
+    PK__FIELD(pk_run, parameters),
+    PK__FIELD(pk_run, examples),
+    PK__FIELD(pk_run, outputs),
+    PK__FIELD(pk_run, keep_every),
+    PK__FIELD(pk_run, cut_off),
+    PK__TYPE(pk_replay),
+    PK__TYPE(pk_quadrature),
+    PK__FIELD(pk_quadrature, rule),
+    PK__FIELD(pk_quadrature, nodes),
+    PK__TYPE(pk_decompose_options),
+    PK__FIELD(pk_decompose_options, quadrature),
+    PK__FIELD(pk_decompose_options, tolerance),
+    PK__FIELD(pk_decompose_options, unattributed),
+    PK__FIELD(pk_decompose_options, readout.kind),
+    PK__FIELD(pk_decompose_options, readout.output),
+    PK__FIELD(pk_decompose_options, readout.labels),
+    PK__FIELD(pk_decompose_options, readout.count),
+    PK__FIELD(pk_decompose_options, readout.function),
+    PK__FIELD(pk_decompose_options, readout.user),
+    PK__FIELD(pk_decompose_options, keep),
+    PK__FIELD(pk_decompose_options, groups),
+    PK__FIELD(pk_decompose_options, group_count),
+    PK__FIELD(pk_decompose_options, bounds),
+    PK__FIELD(pk_decompose_options, step_closure),
+    PK__FIELD(pk_decompose_options, rows_at_once),
+    PK__CONSTANT(PK_BY_EXAMPLE),
+    PK__CONSTANT(PK_BY_GROUP),
+    PK__CONSTANT(PK_BY_STEP),
+    PK__CONSTANT(PK_BY_LAYER),
+    PK__CONSTANT(PK_BY_TOTAL),
+    PK__CONSTANT(PK_KEPT),
+    PK__CONSTANT(PK_READOUT_ALL),
+    PK__CONSTANT(PK_READOUT_ONE),
+    PK__CONSTANT(PK_READOUT_LABEL),
+    PK__CONSTANT(PK_READOUT_FUNCTION),
+    PK__TYPE(pk_tensor),
+    PK__FIELD(pk_tensor, axes),
+    PK__FIELD(pk_tensor, rank),
+    PK__FIELD(pk_tensor, shape),
+    PK__FIELD(pk_tensor, data),
+    PK__TYPE(pk_decomposition),
+    PK__FIELD(pk_decomposition, rows),
+    PK__FIELD(pk_decomposition, outputs),
+    PK__FIELD(pk_decomposition, examples),
+    PK__FIELD(pk_decomposition, groups),
+    PK__FIELD(pk_decomposition, steps),
+    PK__FIELD(pk_decomposition, layers),
+    PK__FIELD(pk_decomposition, initial),
+    PK__FIELD(pk_decomposition, final),
+    PK__FIELD(pk_decomposition, data),
+    PK__FIELD(pk_decomposition, decay),
+    PK__FIELD(pk_decomposition, unattributed),
+    PK__FIELD(pk_decomposition, closure),
+    PK__FIELD(pk_decomposition, kept),
+    PK__FIELD(pk_decomposition, kept_count),
+    PK__FIELD(pk_decomposition, bounds),
+    PK__FIELD(pk_decomposition, step_closure),
+    PK__FIELD(pk_decomposition, worst_closure),
+    PK__FIELD(pk_decomposition, worst_relative),
+    PK__FIELD(pk_decomposition, worst_excess),
+    PK__FIELD(pk_decomposition, worst_unattributed),
+    PK__FIELD(pk_decomposition, unattributed_limit),
+    PK__FIELD(pk_decomposition, scale),
+    PK__FIELD(pk_decomposition, points),
+    PK__FIELD(pk_decomposition, pieces),
+    PK__FIELD(pk_decomposition, refused),
+    PK__FIELD(pk_decomposition, passes),
+    PK__FIELD(pk_decomposition, seconds),
+    PK__TYPE(pk_kernel_options),
+    PK__FIELD(pk_kernel_options, kind),
+    PK__FIELD(pk_kernel_options, outputs),
+    PK__FIELD(pk_kernel_options, output),
+    PK__FIELD(pk_kernel_options, steps),
+    PK__FIELD(pk_kernel_options, step_count),
+    PK__FIELD(pk_kernel_options, quadrature),
+    PK__FIELD(pk_kernel_options, tolerance),
+    PK__FIELD(pk_kernel_options, unweighted),
+    PK__FIELD(pk_kernel_options, by_layer),
+    PK__FIELD(pk_kernel_options, append_one),
+    PK__FIELD(pk_kernel_options, map),
+    PK__CONSTANT(PK_OUTPUTS_NONE),
+    PK__CONSTANT(PK_OUTPUTS_ONE),
+    PK__TYPE(pk_kernel_report),
+    PK__FIELD(pk_kernel_report, error),
+    PK__FIELD(pk_kernel_report, points),
+    PK__FIELD(pk_kernel_report, refused),
+    PK__FIELD(pk_kernel_report, zero_rows),
+    PK__FIELD(pk_kernel_report, seconds),
+    PK__TYPE(pk_comparison),
+    PK__FIELD(pk_comparison, rule),
+    PK__FIELD(pk_comparison, residual_max),
+    PK__FIELD(pk_comparison, residual_median),
+    PK__FIELD(pk_comparison, spearman),
+    PK__FIELD(pk_comparison, seconds),
+    PK__CONSTANT(PK_COMPARE_RULES),
+    PK__TYPE(pk_optimizer),
+    PK__TYPE(pk_criterion),
+    PK__TYPE(pk_schedule),
+    PK__FIELD(pk_schedule, kind),
+    PK__FIELD(pk_schedule, rate),
+    PK__FIELD(pk_schedule, rates),
+    PK__FIELD(pk_schedule, rates_count),
+    PK__CONSTANT(PK_SCHEDULE_CONSTANT),
+    PK__CONSTANT(PK_SCHEDULE_ARRAY),
+    PK__TYPE(pk_train_options),
+    PK__FIELD(pk_train_options, criterion),
+    PK__FIELD(pk_train_options, optimizer),
+    PK__FIELD(pk_train_options, schedule),
+    PK__FIELD(pk_train_options, groups),
+    PK__FIELD(pk_train_options, group_count),
+    PK__FIELD(pk_train_options, group_schedules),
+    PK__FIELD(pk_train_options, steps),
+    PK__FIELD(pk_train_options, batch_size),
+    PK__FIELD(pk_train_options, shuffle_off),
+    PK__FIELD(pk_train_options, seed),
+    PK__FIELD(pk_train_options, clip_norm),
+    PK__FIELD(pk_train_options, record),
+    PK__FIELD(pk_train_options, resume),
+    PK__FIELD(pk_train_options, replace),
+    PK__FIELD(pk_train_options, record_float32),
+    PK__FIELD(pk_train_options, record_second_moments),
+    PK__FIELD(pk_train_options, keep_every),
+    PK__TYPE(pk_train_result),
+    PK__FIELD(pk_train_result, steps),
+    PK__FIELD(pk_train_result, resumed),
+    PK__FIELD(pk_train_result, objective),
+    PK__CONSTANT(PK_FLOAT64),
+    PK__CONSTANT(PK_FLOAT32),
+    PK__CONSTANT(PK_INT64),
+    PK__CONSTANT(PK_UINT8),
+    PK__CONSTANT(PK_INT8),
+    PK__CONSTANT(PK_INT16),
+    PK__CONSTANT(PK_INT32),
+    PK__CONSTANT(PK_UINT16),
+    PK__CONSTANT(PK_UINT32),
+    PK__CONSTANT(PK_BOOL),
+};
+
+PK_API const pk_field *pk_layout(size_t index)
+{
+    return index < sizeof pk__layout / sizeof *pk__layout ? &pk__layout[index] : NULL;
 }
 
 PK__END_COLD_CODE
