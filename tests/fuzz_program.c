@@ -29,6 +29,9 @@ static inline int fuzz_no_exec(void)
 #include "../examples/program/decompose.c"
 #include "../examples/program/kernel.c"
 #include "../examples/program/compare.c"
+#include "../examples/program/arrays.c"
+#include "../examples/program/machine.c"
+#include "../examples/program/measure.c"
 #include "../examples/program/main.c"
 #undef main
 #undef execv

@@ -29,7 +29,7 @@ typedef struct machine_job {
     program_progress progress;
 } machine_job;
 
-static const char *loss_names(size_t index)
+static const char *machine_loss_names(size_t index)
 {
     return index < 1000 ? pk_machine_loss_name((pk_machine_loss)(index + 1)) : NULL;
 }
@@ -56,7 +56,7 @@ static const program_option machine_options[] = {
      "+1 and -1, or "
      "classes, of which each is told from the rest",
      NULL},
-    {"--loss", "LOSS", 1, PLACE(options.loss), parse_machine_loss, "a loss", "the loss", loss_names},
+    {"--loss", "LOSS", 1, PLACE(options.loss), parse_machine_loss, "a loss", "the loss", machine_loss_names},
     {"--regularization", "L", 1, PLACE(options.regularization), parse_not_negative, "a number from 0",
      "of sum of losses + L/2 penalty; the C of libsvm is 1/L", NULL},
     {"--out", "DIR", 1, PLACE(out), parse_text, NULL, "where the results go; made if it is not there", NULL},
@@ -82,7 +82,7 @@ static const program_option machine_options[] = {
 
 /* ---- what goes in -------------------------------------------------------------------------------------- */
 
-static int read_inputs(machine_job *job)
+static int read_machine_inputs(machine_job *job)
 {
     const machine_settings *set = job->set;
     pk_context *context = &job->context;
@@ -223,7 +223,7 @@ static void print_machine(const machine_job *job)
     printf("\n");
 }
 
-static int fill_folder(machine_job *job, pk_status *fitted)
+static int fill_machine_folder(machine_job *job, pk_status *fitted)
 {
     if (!folder_prepare(&job->folder))
         return refuse("%s", job->folder.problem);
@@ -248,13 +248,13 @@ static int fit_machine(machine_job *job)
     job->context.memory_limit = set->memory;
     int status = check_machine_options(set);
     if (status < 0)
-        status = read_inputs(job);
+        status = read_machine_inputs(job);
     if (status < 0)
         status = folder_open(&job->folder, set->out, "--out");
     if (status >= 0)
         return status;
     catch_signals(&job->progress);
-    status = fill_folder(job, &fitted);
+    status = fill_machine_folder(job, &fitted);
     folder_close(&job->folder, status < 0);
     if (status >= 0)
         return status;
@@ -276,12 +276,8 @@ static int run_machine(const program_command *command, int count, char **argumen
     int status = options_parse(command, count, arguments, &set, &given);
     if (status >= 0)
         return status;
-    start_with_short_spin(set.threads);
     job.set = &set;
-    job.context.threads = set.threads;
-    progress_begin(&job.progress, set.verbose);
-    job.context.progress = progress_show;
-    job.context.progress_user = &job.progress;
+    start_job(&job.context, &job.progress, set.threads, set.verbose);
     status = fit_machine(&job);
     pk_machine_release(&job.context, &job.machine);
     pk_array_release(&job.context, &job.targets);
