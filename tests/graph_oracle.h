@@ -365,12 +365,23 @@ GO_FUNCTION void go_pool(go_tape *tape, const pk_node *node, const pk_shape *fro
                 *y++ = go_number_of(tape, sum / numbers);
                 continue;
             }
+            /* Numbers that are equal but for rounding (the same sum in another order, as behind an upsampling of equal
+             * numbers) are one choice, the first of them: which is the largest would change from point to point. */
+            bf_real magnitude = 0;
+            for (long row = low[0]; row < high[0]; row++)
+                for (long column = low[1]; column < high[1]; column++)
+                    magnitude = BF_MATH(fmax)(magnitude, BF_MATH(fabs)(x[row * (long)size[2] + column].value));
+            const go_number *first = NULL;
             for (long row = low[0]; row < high[0]; row++)
                 for (long column = low[1]; column < high[1]; column++) {
                     const go_number *tap = x + row * (long)size[2] + column;
-                    if (tap != best)
-                        margin = BF_MATH(fmin)(margin, best->value - tap->value);
+                    const bf_real behind = best->value - tap->value;
+                    if (behind > 64 * BF_EPSILON * magnitude)
+                        margin = BF_MATH(fmin)(margin, behind);
+                    else if (!first)
+                        first = tap;
                 }
+            best = first;
             go_choose(tape, (int)(best - x), margin);
             *y++ = *best;
         }
