@@ -600,9 +600,21 @@ GO_FUNCTION int go_structure(go_tape *tape, const pk_node *node, const char *nam
     } else if (strcmp(name, "constant") == 0) {
         for (size_t i = 0; i < node->width; i++)
             y[i] = go_constant((bf_real)node->constants[i]);
-    } else if (strcmp(name, "embedding") == 0) {
+    } else if (strcmp(name, "gather") == 0) {
         for (size_t i = 0; i < node->width; i++)
-            y[i] = go_weight(tape, node, (size_t)data[i / width] * width + i % width);
+            y[i] = node->constants[i] < 0 ? go_constant(0) : x[(size_t)node->constants[i]];
+    } else if (strcmp(name, "above") == 0) {
+        for (size_t i = 0; i < node->width; i++)
+            y[i] = go_constant(x[i].value > (bf_real)node->attributes[PK_ACTIVATION_NUMBER]);
+    } else if (strcmp(name, "embedding") == 0) {
+        const double *a = node->attributes;
+        for (size_t i = 0; i < node->width; i++) {
+            const size_t token =
+                (size_t)(data[(size_t)a[PK_EMBEDDING_FIRST] + i / width] + a[PK_EMBEDDING_OFFSET]);
+            y[i] = token + 1 == (size_t)a[PK_EMBEDDING_PADDING]
+                       ? go_constant(0)
+                       : go_weight(tape, node, token * width + i % width);
+        }
     } else if (strcmp(name, "token") == 0) {
         const double token = node->attributes[PK_TOKEN_INDEX];
         memcpy(y, x + (token < 0 ? in / width - (size_t)-token : (size_t)token) * width, width * sizeof *y);

@@ -274,7 +274,7 @@ RR_FUNCTION size_t rr_vertex_network(rr_text *t)
 RR_FUNCTION pk_status rr_load(void *user, pk_context *context, const char *name, pk_array *array)
 {
     uint64_t random = *(const uint64_t *)user;
-    size_t shape[2] = {0, 0}, count = 0;
+    size_t shape[2] = {0, 0}, count = 0, of = 0;
     double values[3 * 40];
     for (const char *at = name; *at; at++)
         random = random * 31 + (uint64_t)*at;
@@ -285,6 +285,9 @@ RR_FUNCTION pk_status rr_load(void *user, pk_context *context, const char *name,
     } else if (sscanf(name, "table%zu_%zu", &shape[0], &shape[1]) == 2) {
         for (count = 0; count < shape[0] * shape[1]; count++)
             values[count] = bf_normal(&random);
+    } else if (sscanf(name, "places%zu_%zu_%zu", &shape[0], &shape[1], &of) == 3) {
+        for (count = 0; count < shape[0] * shape[1]; count++)
+            values[count] = rr_chance(&random, 0.1) ? -1 : (double)rr_below(&random, of);
     } else if (sscanf(name, "edges%zu", &shape[0]) == 1) {
         const size_t vertices = shape[0];
         shape[1] = 3;

@@ -70,6 +70,20 @@ static const subject subjects[] = {
      "y; add x; "
      "exp; log; dense 3",
      0},
+    {"input 2x3x3; conv 2 2; relu; upsample 2 bilinear; max_pool 2 stride=2; flatten; dense 3", 0},
+    {"input 1x2x3; conv 2 1; upsample 3x2 bilinear align_corners; max_pool 3 stride=1; flatten; dense 3", 0},
+    {"input 2x4; conv 2 2; upsample 3 linear; max_pool 2; dense 4; relu; adaptive_max_pool 2; flatten; dense 3",
+     0},
+    {"input 5; dense 6; gather places3_4_6; relu; max 1; dense 4; gather places2_2_4; min 0; dense 3", 0},
+    {"input 4x3; dense 4; as x; max 0; as top; from x; min 1; concat 0 top; dense 3", 0},
+    {"input 5; as x; above 0.2; as mask; from x; dense 5; relu; multiply mask; dense 4; exp; as e; sum 0; as "
+     "s; "
+     "from e; divide s; dense 3",
+     0},
+    {"input 4; embedding 7 2 padding=3 first=1; flatten; as x; from input; embedding 6 3 count=2 offset=2; "
+     "flatten; as y; from x; "
+     "concat 0 y; relu; dense 3",
+     4},
     NETWORKS_OF_VALUES("relu"),
 };
 static const char *const optimizers[] = {

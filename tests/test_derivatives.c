@@ -33,6 +33,18 @@ static const struct {
      "exp; log; dense 3",
      0},
     NETWORKS_OF_VALUES("sine"),
+    {"input 5; as x; dense 6; gather places; tanh; sum 0; as y; from x; above 0.1; gather places; sum 0; "
+     "multiply y; dense 4; exp; as e; sum 0; as s; from e; divide s; dense 2",
+     0},
+    {"input 2x3x2; dense 4; as x; max 1; as y; from x; min 2; reshape 2x3x1; multiply x; max 0; min 1; "
+     "flatten; dense "
+     "3; "
+     "min 0; as z; from y; flatten; dense 2; multiply z",
+     0},
+    {"input 4; embedding 7 2 padding=3 first=1; flatten; as x; from input; embedding 7 3 count=2 offset=2; "
+     "flatten; as y; from x; "
+     "concat 0 y; tanh; dense 2",
+     4},
     {"input 1x5x5; conv 2 3x3 pad=1; tanh; avg_pool 2x2; flatten; dense 3", 0},
     {"input 2x6x5; conv 4 2x3 stride=2x1 pad=1x0 dilation=1x2 groups=2 nobias; gelu; conv 3 1x1; "
      "global_avg_pool; dense 2",
@@ -58,12 +70,13 @@ static pk_status load(void *user, pk_context *context, const char *name, pk_arra
     static double matrix[9][3] = {{0, 0, 0.5}, {1, 0, 0.25}, {0, 1, 0.25}, {2, 3, -1}, {3, 2, -1},
                                   {4, 4, 2},   {1, 4, 0.75}, {4, 1, 0.75}, {3, 3, 0.1}},
                   table[5][2] = {{1, 0.5}, {-1, 0.25}, {0.75, -2}, {0.1, 0.2}, {-0.6, 0.9}},
-                  statistics[2][3] = {{0.1, -0.2, 0.3}, {0.5, 2, 1}};
-    static const size_t shapes[3][2] = {{9, 3}, {5, 2}, {2, 3}};
+                  statistics[2][3] = {{0.1, -0.2, 0.3}, {0.5, 2, 1}}, places[2][3] = {{4, 0, -1}, {1, 4, 2}};
+    static const size_t shapes[4][2] = {{9, 3}, {5, 2}, {2, 3}, {2, 3}};
     (void)user, (void)context;
-    *array = strcmp(name, "matrix") == 0  ? pk_array_view(PK_FLOAT64, 2, shapes[0], matrix)
-             : strcmp(name, "table") == 0 ? pk_array_view(PK_FLOAT64, 2, shapes[1], table)
-                                          : pk_array_view(PK_FLOAT64, 2, shapes[2], statistics);
+    *array = strcmp(name, "matrix") == 0   ? pk_array_view(PK_FLOAT64, 2, shapes[0], matrix)
+             : strcmp(name, "table") == 0  ? pk_array_view(PK_FLOAT64, 2, shapes[1], table)
+             : strcmp(name, "places") == 0 ? pk_array_view(PK_FLOAT64, 2, shapes[3], places)
+                                           : pk_array_view(PK_FLOAT64, 2, shapes[2], statistics);
     return PK_OK;
 }
 

@@ -89,6 +89,11 @@ static void test_analysis(void **state)
         {"input 3; dense 2; prelu; dense 2", 3, 1},
         {"input 3; dense 2; elu; dense 2", -1, 1},
         {"input 3; elu; dense 2", 1, 0},
+        {"input 3; above; dense 2", 1, 0},
+        {"input 3x2; dense 4; max 0; dense 2; min 0", 2, 1},
+        {"input 3x2; max 1; dense 2", 1, 0}, /* of data */
+        {"input 3; as x; dense 3; divide x; dense 2", 2, 0},
+        {"input 3; as x; dense 3; as y; from x; divide y; dense 2", -1, 0},
         {"input 3; dense 2; hardswish; dense 2", -1, 1},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -169,6 +174,17 @@ static void test_sentences(void **state)
         {"input 3x4; as a; matmul a transposed; flatten; dense 2", {"transposed", "layer 3"}},
         {"input 3x4; as a; matmul a flip; flatten; dense 2", {"possible is 'transpose'", "layer 3"}},
         {"input 4; as a; matmul a transpose; dense 2", {"cannot be multiplied", "layer 3"}},
+        {"input 5; dense 4; above; dense 2", {"above compares data", "layer 3"}},
+        {"input 5; dense 4; max; dense 2", {"max needs an axis", "layer 3"}},
+        {"input 5; dense 4; max 1; dense 2", {"values of 4 have no axis 1", "layer 3"}},
+        {"input 5; dense 4; min 0 1; dense 2", {"'1' stands behind that", "layer 3"}},
+        {"input 5; dense 4; min -1; dense 2", {"'-1' is not a whole number", "layer 3"}},
+        {"input 5; dense 4; divide y; dense 2", {"no value before it has the name 'y'", "layer 3"}},
+        {"input 5; dense 4; gather; dense 2", {"gather needs the name of an array", "layer 3"}},
+        {"input 5; embedding 4 2 padding=4; flatten; dense 2", {"padding is 4", "4 tokens"}},
+        {"input 5; embedding 4 2 offset=4; flatten; dense 2", {"offset 4", "4 tokens"}},
+        {"input 5; embedding 4 2 first=5; flatten; dense 2", {"a row of data has 5 numbers", "layer 2"}},
+        {"input 5; embedding 4 2 first=3 count=3; flatten; dense 2", {"tokens 3 to 5", "layer 2"}},
         {"input 3x4; slice 2 0 1; flatten; dense 2", {"3x4 have no axis 2", "layer 2"}},
         {"input 3x4; slice 1 2 3; flatten; dense 2", {"3 numbers from 2 on", "axis 1 of 3x4"}},
         {"input 3x4; slice 1 -1 3; flatten; dense 2", {"'-1' is not a whole number", "layer 2"}},
@@ -567,6 +583,40 @@ static pk_status load_counted(void *user, pk_context *context, const char *name,
     return PK_OK;
 }
 
+/* Places are whole numbers from -1 on that the value has, as many as the result has numbers. */
+static void test_gather(void **state)
+{
+    (void)state;
+    static double good[6] = {0, 4, -1, 2, 2, 1}, past[6] = {0, 5, -1, 2, 2, 1}, low[6] = {0, 4, -2, 2, 2, 1},
+                  half[6] = {0, 4, 0.5, 2, 2, 1};
+    static double *const arrays[] = {good, past, low, half};
+    static const char *const words[] = {NULL, "place 1 is 5; the value has the places 0 to 4", "place 2 is -2",
+                                        "place 2 is 0.5"};
+    for (int i = 0; i < 4; i++) {
+        loader l = {0, 3, 2, arrays[i]};
+        const pk_constants constants = {load_counted, &l};
+        pk_context context;
+        pk_graph graph;
+        memset(&context, 0, sizeof context);
+        memset(&graph, 0, sizeof graph);
+        const char *text = "input 5; gather places; dense 2; flatten";
+        if (words[i]) {
+            assert_refused(&context, PK_ARGUMENT, words[i],
+                           pk_network_parse_with(&context, text, &constants, &graph));
+            continue;
+        }
+        assert_ok(&context, pk_network_parse_with(&context, text, &constants, &graph));
+        pk_real x[5] = {1, 2, 3, 4, 5}, w[6] = {1, 0, 0, 1, 0, 0}, y[6];
+        const double wanted[6] = {1, 5, 0, 3, 3, 2};
+        assert_ok(&context,
+                  pk_graph_evaluate(&context, &graph, w, pk_matrix_view(x, 1, 5), pk_matrix_view(y, 1, 6)));
+        for (int k = 0; k < 6; k++)
+            assert_true(y[k] == (pk_real)wanted[k]);
+        pk_graph_release(&context, &graph);
+        assert_int_equal(context.memory_used, 0);
+    }
+}
+
 /* Appends a piece some times. */
 static void append(char *text, const char *piece, int times)
 {
@@ -750,13 +800,21 @@ static void test_constant_outputs(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_builds),       cmocka_unit_test(test_layers),
-        cmocka_unit_test(test_analysis),     cmocka_unit_test(test_refuses),
-        cmocka_unit_test(test_sentences),    cmocka_unit_test(test_long),
-        cmocka_unit_test(test_initialize),   cmocka_unit_test(test_initial_kinds),
-        cmocka_unit_test(test_ntk),          cmocka_unit_test(test_branches),
-        cmocka_unit_test(test_large_sizes),  cmocka_unit_test(test_shared_arrays),
-        cmocka_unit_test(test_longest_text), cmocka_unit_test(test_constant_outputs),
+        cmocka_unit_test(test_builds),
+        cmocka_unit_test(test_layers),
+        cmocka_unit_test(test_analysis),
+        cmocka_unit_test(test_refuses),
+        cmocka_unit_test(test_sentences),
+        cmocka_unit_test(test_long),
+        cmocka_unit_test(test_initialize),
+        cmocka_unit_test(test_initial_kinds),
+        cmocka_unit_test(test_ntk),
+        cmocka_unit_test(test_branches),
+        cmocka_unit_test(test_large_sizes),
+        cmocka_unit_test(test_gather),
+        cmocka_unit_test(test_shared_arrays),
+        cmocka_unit_test(test_longest_text),
+        cmocka_unit_test(test_constant_outputs),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

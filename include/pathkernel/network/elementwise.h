@@ -172,6 +172,7 @@ PK__ELEMENTWISE(leaky_relu, x > 0 ? x : p[0] * x, x > 0 ? 1 : p[0], 0)
 PK__ELEMENTWISE(hard_tanh, x<-1 ? -1 : x> 1 ? 1 : x, x > -1 && x < 1 ? 1 : 0, 0)
 PK__ELEMENTWISE(abs, fabs(x), x > 0 ? 1 : x < 0 ? -1 : 0, 0)
 PK__ELEMENTWISE(scale, p[0] * x, p[0], 0)
+PK__ELEMENTWISE(above, x > p[0], 0, 0)
 PK__ELEMENTWISE_FAST(tanh, 1 - y * y, -2 * y * (1 - y * y))
 PK__ELEMENTWISE_FAST(sigmoid, y *(1 - y), y *(1 - y) * (1 - 2 * y))
 PK__ELEMENTWISE_FAST(softplus, pk__sigmoid(p[0] * x), p[0] * pk__sigmoid(p[0] * x) * pk__sigmoid(-p[0] * x))
@@ -247,6 +248,27 @@ static void pk__hard_sigmoid_switches(const pk_call *call)
     pk__two_switches(call, -3, 3);
 }
 
+/* above: 1 where x > C, and 0 elsewhere. It jumps, so that no path integral could close over it: it is for data alone. */
+static pk_status pk__above_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    if (graph->nodes[node->inputs[0]].varies)
+        return pk__fail(context, PK_UNSUPPORTED,
+                        "above compares data, before the first weights: a value that jumps while the weights "
+                        "change has no path integral");
+    return pk__same_shape(context, graph, node);
+}
+
+static void pk__above_switches(const pk_call *call)
+{
+    const size_t count = call->rows * call->node->width;
+    for (size_t i = 0; i < count; i++)
+        call->out[i] = (pk_real)(call->in[0][i] - call->node->attributes[PK_ACTIVATION_NUMBER]);
+}
+
+static const pk_option pk__above_option[] = {
+    {.name = "number", .kind = PK_OPTION_NUMBER, .position = 1, .least = -DBL_MAX, .most = DBL_MAX},
+    {.name = NULL},
+};
 static const pk_option pk__positive_option[] = {
     {.name = "number", .kind = PK_OPTION_NUMBER, .position = 1, .least = DBL_MIN, .most = DBL_MAX},
     {.name = NULL},
@@ -298,6 +320,19 @@ static const pk_operation pk__activation_operations[] = {
     PK__KINKED_OPERATION(relu6, NULL, 0, pk__two_switch_count, pk__relu6_switches),
     PK__KINKED_OPERATION(hard_sigmoid, NULL, 0, pk__two_switch_count, pk__hard_sigmoid_switches),
     PK__KINKED_OPERATION(abs, NULL, 0, pk__width_switches, pk__zero_switches),
+    {.name = "above",
+     .smoothness = PK_PIECEWISE_LINEAR,
+     .linear_in_weights = 1,
+     .options = pk__above_option,
+     .shape = pk__above_shape,
+     .scratch = pk__one_row_scratch,
+     .forward = pk__above_forward,
+     .tangent = pk__above_tangent,
+     .reverse = pk__above_reverse,
+     .switch_count = pk__width_switches,
+     .switches = pk__above_switches,
+     .elementwise = 1,
+     .curvature = pk__above_curvature},
     PK__SMOOTH_OPERATION(tanh, NULL, 0),
     PK__SMOOTH_OPERATION(sigmoid, NULL, 0),
     PK__SMOOTH_OPERATION(softplus, pk__positive_option, 1),

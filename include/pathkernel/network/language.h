@@ -119,7 +119,8 @@ static pk_status pk__parse_shape(pk_context *context, const char *word, pk_shape
 /* Layers of the language that are no operation of their own name, beside those of pk__composites that are. */
 #define PK__OTHER_LAYERS                                                                                \
     "input residual position propagate constant fourier select dropout layer_norm rms_norm batch_norm " \
-    "attention as from add subtract concat slice permute mean prelu softmin group_norm instance_norm"
+    "attention as from add subtract divide concat slice permute mean max min prelu softmin group_norm " \
+    "instance_norm"
 
 /* Operations that the language builds only as parts of its layers. */
 static int pk__is_part(const char *name)
@@ -432,11 +433,16 @@ static const pk_option pk__ntk_options[] = {
     {.name = NULL},
 };
 
-static pk_status pk__append_scale(pk__parser *parser, double factor)
+static pk_status pk__append_number(pk__parser *parser, const char *name, double number)
 {
     double attributes[PK_NODE_ATTRIBUTES] = {0};
-    attributes[PK_ACTIVATION_NUMBER] = factor;
-    return factor == 1 ? PK_OK : pk__append(parser, "scale", attributes, 0, NULL);
+    attributes[PK_ACTIVATION_NUMBER] = number;
+    return pk__append(parser, name, attributes, 0, NULL);
+}
+
+static pk_status pk__append_scale(pk__parser *parser, double factor)
+{
+    return factor == 1 ? PK_OK : pk__append_number(parser, "scale", factor);
 }
 
 static pk_status pk__weights_layer(pk__parser *parser, const pk__layer *layer)
@@ -475,6 +481,17 @@ static pk_status pk__weights_layer(pk__parser *parser, const pk__layer *layer)
     if (!status)
         status = pk__append(parser, operation->name, attributes, 0, NULL);
     return status ? status : pk__append_scale(parser, after);
+}
+
+/* embedding V D [padding=] [first=] [count=] [offset=]: the language counts the padding token from 0. */
+static pk_status pk__embedding_layer(pk__parser *parser, const pk__layer *layer)
+{
+    double attributes[PK_NODE_ATTRIBUTES] = {0};
+    attributes[PK_EMBEDDING_PADDING] = -1;
+    pk_status status =
+        pk__parse_options(parser->context, "embedding", pk__embedding_options, layer, attributes);
+    attributes[PK_EMBEDDING_PADDING]++;
+    return status ? status : pk__append(parser, "embedding", attributes, 0, NULL);
 }
 
 /* position: a learned vector for each token. */
@@ -727,11 +744,11 @@ static pk_status pk__append_constant(pk__parser *parser, const pk__layer *layer,
         return pk__fail(parser->context, PK_SHAPE,
                         "propagate: the array '%.40s' has %zu columns, not row, column and value", its,
                         array->shape[1]);
-    if (strcmp(name, "constant") == 0) {
-        attributes[PK_POSITION_TOKENS] = (double)array->shape[0];
-        attributes[PK_POSITION_WIDTH] = (double)array->shape[1];
+    if (strcmp(name, "constant") == 0)
         parser->node = 0;
-    }
+    if (strcmp(name, "constant") == 0 || strcmp(name, "gather") == 0) /* both have the shape in front */
+        for (int i = 0; i < 2; i++)
+            attributes[i] = (double)array->shape[i];
     status = pk__graph_append(parser->context, parser->graph, operation, 1, &parser->node, attributes,
                               pk_array_items(array), like ? like->constants : numbers, like, &parser->node);
     if (status)
@@ -742,7 +759,7 @@ static pk_status pk__append_constant(pk__parser *parser, const pk__layer *layer,
     return affine ? pk__append_affine(parser, 1, 0) : PK_OK;
 }
 
-/* constant NAME, propagate NAME, batch_norm NAME. */
+/* constant NAME, propagate NAME, gather NAME, batch_norm NAME. */
 static pk_status pk__constant_layer(pk__parser *parser, const pk__layer *layer)
 {
     const int norm = strcmp(layer->words[0], "batch_norm") == 0;
@@ -928,7 +945,7 @@ static pk_status pk__append_broadcast(pk__parser *parser, const pk_shape *shape)
     return pk__append_view(parser, shape, strides, 0);
 }
 
-/* add NAME, subtract NAME, multiply NAME: axes of one number, and missing ones in front, are repeated. */
+/* add NAME, subtract NAME, multiply NAME, divide NAME: axes of one number, and missing ones in front, are repeated. */
 static pk_status pk__pair_layer(pk__parser *parser, const pk__layer *layer)
 {
     pk_context *context = parser->context;
@@ -949,14 +966,17 @@ static pk_status pk__pair_layer(pk__parser *parser, const pk__layer *layer)
                             layer->words[1]);
         shape.dims[shape.rank - i] = m > n ? m : n;
     }
+    const int divide = strcmp(layer->words[0], "divide") == 0,
+              subtract = strcmp(layer->words[0], "subtract") == 0;
+    const char *name = divide || strcmp(layer->words[0], "multiply") == 0 ? "multiply" : "add";
     for (int j = 0; j < 2 && !status; j++) {
         parser->node = nodes[j];
-        status = pk__append_broadcast(parser, &shape);
-        if (!status && j && strcmp(layer->words[0], "subtract") == 0)
-            status = pk__append_scale(parser, -1);
+        if (j && (divide || subtract)) /* before it is repeated */
+            status = pk__append_number(parser, divide ? "power" : "scale", -1);
+        if (!status)
+            status = pk__append_broadcast(parser, &shape);
         nodes[j] = parser->node;
     }
-    const char *name = strcmp(layer->words[0], "multiply") == 0 ? "multiply" : "add";
     return status ? status
                   : pk__graph_append(context, parser->graph, pk_operation_find(name), 2, nodes, NULL, 0, NULL,
                                      NULL, &parser->node);
@@ -1054,6 +1074,58 @@ static pk_status pk__sum_layer(pk__parser *parser, const pk__layer *layer)
                : pk__append_scale(parser, 1 / (double)from.dims[(int)attributes[PK_VALUES_AXIS]]);
 }
 
+static pk_status pk__append_reshape(pk__parser *parser, const pk_shape *shape)
+{
+    double attributes[PK_NODE_ATTRIBUTES] = {0};
+    attributes[PK_VALUES_RANK] = shape->rank;
+    for (int i = 0; i < shape->rank; i++)
+        attributes[PK_VALUES_DIMS + i] = (double)shape->dims[i];
+    return pk__append(parser, "reshape", attributes, 0, NULL);
+}
+
+/* max AXIS, min AXIS: the axis becomes the last one, the others are channels, and each is one window. */
+static pk_status pk__max_layer(pk__parser *parser, const pk__layer *layer)
+{
+    const pk_shape from = *pk__branch_shape(parser);
+    const double sign = strcmp(layer->words[0], "min") == 0 ? -1 : 1;
+    pk_shape to = {0, {0}}, moved = {0, {0}}, signal = {2, {1, 1}};
+    size_t own[PK_SHAPE_RANK], strides[PK_SHAPE_RANK];
+    double axis = 0, one[PK_NODE_ATTRIBUTES];
+    char text[PK_SHAPE_TEXT];
+    pk_status status = pk__check_words(parser, layer, 1, 1, "an axis");
+    if (!status)
+        status = pk__whole_word(parser, layer, 1, &axis);
+    if (!status && axis >= from.rank)
+        status = pk__fail(parser->context, PK_SHAPE, "%s: values of %s have no axis %g", layer->words[0],
+                          pk_shape_text(&from, text), axis);
+    if (status)
+        return status;
+    pk__shape_strides(&from, own);
+    for (int i = 0; i < from.rank; i++)
+        if (i != (int)axis) {
+            strides[to.rank] = own[i];
+            signal.dims[0] *= from.dims[i];
+            to.dims[to.rank++] = from.dims[i];
+        }
+    moved = to;
+    strides[moved.rank] = own[(int)axis];
+    moved.dims[moved.rank++] = signal.dims[1] = from.dims[(int)axis];
+    if (!to.rank)
+        to.dims[to.rank++] = 1;
+    memcpy(one, pk_operation_find("adaptive_max_pool")->defaults, sizeof one);
+    one[PK_POOL_KERNEL] = one[PK_POOL_KERNEL + 1] = 1;
+    status = pk__append_scale(parser, sign);
+    if (!status && (int)axis != from.rank - 1)
+        status = pk__append_view(parser, &moved, strides, 0);
+    if (!status)
+        status = pk__append_reshape(parser, &signal);
+    if (!status)
+        status = pk__append(parser, "adaptive_max_pool", one, 0, NULL);
+    if (!status)
+        status = pk__append_reshape(parser, &to);
+    return status ? status : pk__append_scale(parser, sign);
+}
+
 /* reshape SHAPE, parameter SHAPE. */
 static pk_status pk__shape_layer(pk__parser *parser, const pk__layer *layer)
 {
@@ -1062,8 +1134,8 @@ static pk_status pk__shape_layer(pk__parser *parser, const pk__layer *layer)
     pk_status status = pk__check_words(parser, layer, 1, 1, "a shape such as 4x8");
     if (!status)
         status = pk__parse_shape(parser->context, layer->words[1], &shape);
-    if (status)
-        return status;
+    if (status || strcmp(layer->words[0], "reshape") == 0)
+        return status ? status : pk__append_reshape(parser, &shape);
     attributes[PK_VALUES_RANK] = shape.rank;
     for (int i = 0; i < shape.rank; i++)
         attributes[PK_VALUES_DIMS + i] = (double)shape.dims[i];
@@ -1090,6 +1162,8 @@ static const struct {
     {"position", pk__position_layer},
     {"propagate", pk__constant_layer},
     {"constant", pk__constant_layer},
+    {"gather", pk__constant_layer},
+    {"embedding", pk__embedding_layer},
     {"fourier", pk__fourier_layer},
     {"select", pk__select_layer},
     {"dropout", pk__refused_layer},
@@ -1103,12 +1177,15 @@ static const struct {
     {"add", pk__pair_layer},
     {"subtract", pk__pair_layer},
     {"multiply", pk__pair_layer},
+    {"divide", pk__pair_layer},
     {"matmul", pk__matmul_layer},
     {"concat", pk__concat_layer},
     {"slice", pk__view_layer},
     {"permute", pk__view_layer},
     {"sum", pk__sum_layer},
     {"mean", pk__sum_layer},
+    {"max", pk__max_layer},
+    {"min", pk__max_layer},
     {"reshape", pk__shape_layer},
     {"parameter", pk__shape_layer},
     {"prelu", pk__prelu_layer},

@@ -7,7 +7,14 @@
 PK__BEGIN_C
 
 /* Attributes, for pk_graph_add. */
-enum { PK_EMBEDDING_TOKENS, PK_EMBEDDING_WIDTH };
+enum {
+    PK_EMBEDDING_TOKENS,
+    PK_EMBEDDING_WIDTH,
+    PK_EMBEDDING_PADDING, /* the token of zeros, counted from 1; 0: none */
+    PK_EMBEDDING_FIRST,   /* the first number of a row that is a token */
+    PK_EMBEDDING_COUNT,   /* how many are tokens; 0: all from the first one on */
+    PK_EMBEDDING_OFFSET   /* added to each of them */
+};
 enum { PK_ATTEND_HEADS, PK_ATTEND_CAUSAL, PK_ATTEND_SHARED };
 enum { PK_TOKEN_INDEX };
 
@@ -25,19 +32,31 @@ PK__BEGIN_CODE
 
 /* ---- embedding -------------------------------------------------------------------------------------- */
 
-/* y_i = w[x_i] for the tokens x_i of a row of data, w (tokens, width). */
+/* y_i = w[x_(first + i) + offset] for the tokens x of a row of data, w (tokens, width); zeros for the token `padding`. */
 static pk_status pk__embedding_shape(pk_context *context, const pk_graph *graph, pk_node *node)
 {
     const pk_node *input = &graph->nodes[node->inputs[0]];
     const size_t tokens = (size_t)node->attributes[PK_EMBEDDING_TOKENS],
                  width = (size_t)node->attributes[PK_EMBEDDING_WIDTH];
+    const double first = node->attributes[PK_EMBEDDING_FIRST], all = (double)input->width;
+    const double count =
+        node->attributes[PK_EMBEDDING_COUNT] != 0 ? node->attributes[PK_EMBEDDING_COUNT] : all - first;
     char text[PK_SHAPE_TEXT];
     if (node->inputs[0] != 0 || input->shape.rank != 1)
         return pk__fail(
             context, PK_SHAPE, "embedding takes the data, a row of whole numbers such as 'input 3', not %s%s",
             pk_shape_text(&input->shape, text), node->inputs[0] ? " values behind other layers" : "");
+    if (!(first + count <= all && count >= 1))
+        return pk__fail(context, PK_SHAPE,
+                        "embedding: a row of data has %g numbers, so tokens %g to %g are not all there", all,
+                        first, first + pk__max(count, 1) - 1);
+    if (node->attributes[PK_EMBEDDING_PADDING] > (double)tokens ||
+        node->attributes[PK_EMBEDDING_OFFSET] >= (double)tokens)
+        return pk__fail(context, PK_ARGUMENT, "embedding: padding is %g and offset %g; there are %zu tokens",
+                        node->attributes[PK_EMBEDDING_PADDING] - 1, node->attributes[PK_EMBEDDING_OFFSET],
+                        tokens);
     node->shape.rank = 2;
-    node->shape.dims[0] = input->width;
+    node->shape.dims[0] = (size_t)count;
     node->shape.dims[1] = width;
     if (!pk__multiply(tokens, width, &node->weight_count))
         return pk__fail(context, PK_OVERFLOW, "embedding: its weights overflow");
@@ -47,24 +66,38 @@ static pk_status pk__embedding_shape(pk_context *context, const pk_graph *graph,
 
 static pk_status pk__embedding_check(pk_context *context, const pk_node *node, size_t row, const pk_real *in)
 {
+    const double offset = node->attributes[PK_EMBEDDING_OFFSET];
+    const size_t first = (size_t)node->attributes[PK_EMBEDDING_FIRST];
     pk_status status = PK_OK;
-    for (size_t i = 0; i < node->shape.dims[0] && !status; i++)
-        status = pk__check_token(context, "embedding", row, i, in[i], node->attributes[PK_EMBEDDING_TOKENS]);
+    for (size_t i = first; i < first + node->shape.dims[0] && !status; i++)
+        status = pk__check_token(context, "embedding", row, i, in[i],
+                                 node->attributes[PK_EMBEDDING_TOKENS] - offset);
     return status;
 }
 
-/* Where a token's weights start; what is no token counts as the first: pk_graph_check_inputs refuses it. */
-static size_t pk__embedded(const pk_node *node, double token)
+/* Where the weights of a row's token number i start, SIZE_MAX for padding. What is no token counts as the first one:
+ * pk_graph_check_inputs refuses it. */
+static size_t pk__embedded(const pk_call *call, size_t row, size_t i)
 {
-    return token >= 0 && token < node->attributes[PK_EMBEDDING_TOKENS] ? (size_t)token * node->shape.dims[1]
-                                                                       : 0;
+    const double *attributes = call->node->attributes;
+    const double token = call->in[0][row * call->in_width[0] + (size_t)attributes[PK_EMBEDDING_FIRST] + i] +
+                         attributes[PK_EMBEDDING_OFFSET];
+    if (token + 1 == attributes[PK_EMBEDDING_PADDING])
+        return SIZE_MAX;
+    return token >= 0 && token < attributes[PK_EMBEDDING_TOKENS] ? (size_t)token * call->node->shape.dims[1]
+                                                                 : 0;
 }
 
 static void pk__embedding_rows(const pk_call *call, const pk_real *weights, pk_real *to)
 {
-    const size_t width = call->node->shape.dims[1];
-    for (size_t i = 0; i < call->rows * call->in_width[0]; i++)
-        memcpy(to + i * width, weights + pk__embedded(call->node, call->in[0][i]), width * sizeof *to);
+    const size_t tokens = call->node->shape.dims[0], width = call->node->shape.dims[1];
+    for (size_t i = 0; i < call->rows * tokens; i++, to += width) {
+        const size_t from = pk__embedded(call, i / tokens, i % tokens);
+        if (from == SIZE_MAX)
+            memset(to, 0, width * sizeof *to);
+        else
+            memcpy(to, weights + from, width * sizeof *to);
+    }
 }
 
 static void pk__embedding_forward(const pk_call *call)
@@ -83,10 +116,12 @@ static void pk__embedding_tangent(const pk_call *call)
 /* gradient += (dF/dw)^T delta of the row. */
 static void pk__embedding_add(const pk_call *call, size_t row, const pk_real *delta, pk_real *gradient)
 {
-    const size_t tokens = call->in_width[0], width = call->node->shape.dims[1];
-    for (size_t i = 0; i < tokens; i++)
-        pk__give(width, delta + i * width, 1,
-                 gradient + pk__embedded(call->node, call->in[0][row * tokens + i]));
+    const size_t tokens = call->node->shape.dims[0], width = call->node->shape.dims[1];
+    for (size_t i = 0; i < tokens; i++, delta += width) {
+        const size_t to = pk__embedded(call, row, i);
+        if (to != SIZE_MAX)
+            pk__give(width, delta, 1, gradient + to);
+    }
 }
 
 static void pk__embedding_weight_gradient(const pk_call *call)
@@ -460,6 +495,10 @@ static const pk_option pk__embedding_options[] = {
      .least = 1,
      .most = 1e9,
      .whole = 1},
+    {.name = "padding", .kind = PK_OPTION_NUMBER, .attribute = PK_EMBEDDING_PADDING, .most = 1e9, .whole = 1},
+    {.name = "first", .kind = PK_OPTION_NUMBER, .attribute = PK_EMBEDDING_FIRST, .most = 1e9, .whole = 1},
+    {.name = "count", .kind = PK_OPTION_NUMBER, .attribute = PK_EMBEDDING_COUNT, .most = 1e9, .whole = 1},
+    {.name = "offset", .kind = PK_OPTION_NUMBER, .attribute = PK_EMBEDDING_OFFSET, .most = 1e9, .whole = 1},
     {.name = NULL},
 };
 static const pk_option pk__token_options[] = {

@@ -5,6 +5,7 @@
  *     matmul        y = A B, or A B^T: matrices in the last two dimensions, one product for each index in front of them
  *     concatenate   several values one behind the other along an axis
  *     view          y[i] = x[offset + sum_k i_k stride_k]: a slice, a permutation of the axes, a repetition along an axis
+ *     gather        y[i] = x[places[i]], 0 where the place is -1: any other way to move numbers
  *     reshape       the same numbers in another shape
  *     sum           over an axis
  *     parameter     a tensor of weights, the same for every row
@@ -21,6 +22,7 @@ PK__BEGIN_C
 /* Attributes, for pk_graph_add. Shapes and permutations: the rank, then a number for each axis. */
 enum { PK_MATMUL_TRANSPOSED };
 enum { PK_VALUES_AXIS };
+enum { PK_GATHER_ROWS, PK_GATHER_COLUMNS }; /* the shape of the result, and of the places, its constants */
 enum { PK_VALUES_RANK, PK_VALUES_DIMS };
 enum { PK_VIEW_RANK, PK_VIEW_DIMS, PK_VIEW_STRIDES = 5, PK_VIEW_OFFSET = 9 };
 
@@ -343,6 +345,65 @@ static void pk__view_reverse(const pk_call *call)
     pk__view_copy(call, rows, 1, call->out_cotangent, call->in_cotangent[0]);
 }
 
+/* ---- gather ---------------------------------------------------------------------------------------------- */
+
+static pk_status pk__gather_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    const double width = (double)graph->nodes[node->inputs[0]].width;
+    size_t count = 0;
+    node->shape.rank = 2;
+    for (int i = 0; i < 2; i++)
+        node->shape.dims[i] = (size_t)node->attributes[i];
+    if (!pk__multiply(node->shape.dims[0], node->shape.dims[1], &count) || count != node->constant_count)
+        return pk__fail(context, PK_SHAPE, "gather: %g x %g numbers, of %zu places", node->attributes[0],
+                        node->attributes[1], node->constant_count);
+    for (size_t i = 0; i < count; i++) {
+        const double place = node->constants[i];
+        if (!(place >= -1 && place < width && place == floor(place)))
+            return pk__fail(context, PK_ARGUMENT,
+                            "gather: place %zu is %g; the value has the places 0 to %g, and -1 stands for 0", i,
+                            place, width - 1);
+    }
+    return PK_OK;
+}
+
+static void pk__gather(const pk_call *call, const pk_real *from, pk_real *to)
+{
+    const pk_node *node = call->node;
+    for (size_t row = 0; row < call->rows; row++, from += call->in_width[0], to += node->width)
+        for (size_t i = 0; i < node->width; i++)
+            to[i] = node->constants[i] < 0 ? 0 : from[(size_t)node->constants[i]];
+}
+
+static void pk__gather_forward(const pk_call *call)
+{
+    pk__gather(call, call->in[0], call->out);
+}
+
+static void pk__gather_tangent(const pk_call *call)
+{
+    if (call->in_tangent[0])
+        pk__gather(call, call->in_tangent[0], call->out_tangent);
+    else
+        memset(call->out_tangent, 0, call->rows * call->node->width * sizeof *call->out_tangent);
+}
+
+static void pk__gather_reverse(const pk_call *call)
+{
+    const pk_node *node = call->node;
+    const size_t rows = call->rows * call->copies;
+    const pk_real *from = call->out_cotangent;
+    pk_real *to = call->in_cotangent[0];
+    if (!to)
+        return;
+    if (!call->accumulate[0])
+        memset(to, 0, rows * call->in_width[0] * sizeof *to);
+    for (size_t row = 0; row < rows; row++, to += call->in_width[0], from += node->width)
+        for (size_t i = 0; i < node->width; i++)
+            if (node->constants[i] >= 0)
+                to[(size_t)node->constants[i]] += from[i];
+}
+
 /* ---- reshape, sum, parameter ------------------------------------------------------------------------- */
 
 static pk_status pk__reshape_shape(pk_context *context, const pk_graph *graph, pk_node *node)
@@ -456,6 +517,11 @@ static const pk_operation pk__values_operations[] = {
      .linear_in_weights = 1,
      .shape = pk__view_shape,
      PK__VALUES_RULES(view)},
+    {.name = "gather",
+     .smoothness = PK_LINEAR,
+     .linear_in_weights = 1,
+     .shape = pk__gather_shape,
+     PK__VALUES_RULES(gather)},
     {.name = "reshape",
      .smoothness = PK_LINEAR,
      .linear_in_weights = 1,
