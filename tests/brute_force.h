@@ -80,7 +80,7 @@ typedef enum bf_loss {
     BF_HINGE,
     BF_LOSSES
 } bf_loss;
-typedef enum bf_rule { BF_SGD, BF_ADAM, BF_ADAMW } bf_rule;
+typedef enum bf_rule { BF_SGD, BF_ADAM, BF_ADAMW, BF_RMSPROP, BF_ADAGRAD, BF_NADAM } bf_rule;
 
 /* of Klambauer et al. 2017 */
 #define BF_SELU_SCALE 1.0507009873554804934193349852946
@@ -101,7 +101,9 @@ typedef struct bf_optimizer {
     bf_rule rule;
     double momentum, dampening, weight_decay;
     int nesterov;
-    double beta1, beta2, epsilon; /* adam and adamw; no defaults here */
+    double beta1, beta2, epsilon; /* adam, adamw and nadam; no defaults here */
+    double alpha, lr_decay, initial_accumulator_value, momentum_decay; /* rmsprop, adagrad, nadam */
+    int decoupled, maximize;
 } bf_optimizer;
 typedef struct bf_run {
     bf_network network;
@@ -670,9 +672,32 @@ BF_FUNCTION size_t bf_path_jacobian(const bf_network *net, const BF_STORED *from
 
 /* ---- optimisers ---- */
 
+BF_FUNCTION int bf_decoupled(const bf_optimizer *o)
+{
+    return o->rule == BF_ADAMW || o->decoupled;
+}
+
 BF_FUNCTION int bf_stateful(const bf_optimizer *o)
 {
-    return o->rule != BF_SGD || o->momentum != 0;
+    return o->rule == BF_ADAM || o->rule == BF_ADAMW || o->rule == BF_NADAM || o->momentum != 0;
+}
+
+/* NAdam's momentum of step s. */
+BF_FUNCTION bf_real bf_nadam_momentum(const bf_optimizer *o, size_t s)
+{
+    return (bf_real)o->beta1 *
+           (1 - BF_MATH(pow)((bf_real)0.96, (bf_real)(s + 1) * (bf_real)o->momentum_decay) / 2);
+}
+
+/* What multiplies NAdam's gradient, and its first moment. */
+BF_FUNCTION void bf_nadam_factors(const bf_optimizer *o, size_t s, bf_real *direct, bf_real *entered)
+{
+    bf_real product = 1;
+    for (size_t k = 0; k <= s; k++)
+        product *= bf_nadam_momentum(o, k);
+    const bf_real next = bf_nadam_momentum(o, s + 1);
+    *direct = (1 - bf_nadam_momentum(o, s)) / (1 - product);
+    *entered = next / (1 - product * next);
 }
 
 /* What PyTorch's optimiser does with one source's share of the gradient (NULL: 0) in step s: updates its share
@@ -683,9 +708,20 @@ BF_FUNCTION void bf_advance(const bf_optimizer *o, size_t s, double learning_rat
 {
     const bf_real lr = (bf_real)learning_rate, mu = (bf_real)o->momentum, b1 = (bf_real)o->beta1;
     const bf_real correction = 1 - BF_MATH(pow)(b1, (bf_real)(s + 1));
+    bf_real direct = 0, entered = 0;
+    if (o->rule == BF_NADAM)
+        bf_nadam_factors(o, s, &direct, &entered);
     for (size_t p = 0; p < P; p++) {
         const bf_real g = share ? share[p] : 0;
-        if (o->rule != BF_SGD) {
+        if (o->rule == BF_NADAM) {
+            m[p] = b1 * m[p] + (1 - b1) * g;
+            update[p] = -lr * (direct * g + entered * m[p]) / denominator[p];
+        } else if (o->rule == BF_RMSPROP) {
+            m[p] = mu * m[p] + g / denominator[p];
+            update[p] = -lr * m[p];
+        } else if (o->rule == BF_ADAGRAD) {
+            update[p] = -lr / (1 + (bf_real)s * (bf_real)o->lr_decay) * g / denominator[p];
+        } else if (o->rule != BF_SGD) {
             m[p] = b1 * m[p] + (1 - b1) * g;
             update[p] = -lr / correction * m[p] / denominator[p];
         } else if (o->momentum != 0) {
@@ -714,7 +750,9 @@ BF_FUNCTION void bf_step_gradients(const bf_run *run, size_t s, const bf_real *w
         memset(own, 0, P * sizeof *own);
         bf_loss_gradient(&run->network, run->loss, w, run->inputs + i * run->network.inputs,
                          run->targets + i * run->outputs, tape,
-                         c * (run->gradient_scales ? (bf_real)run->gradient_scales[s] : 1), own);
+                         c * (run->gradient_scales ? (bf_real)run->gradient_scales[s] : 1) *
+                             (run->optimizer.maximize ? -1 : 1),
+                         own);
         used[i] = 1;
         for (size_t p = 0; p < P; p++) {
             sum[p] += own[p];
@@ -723,20 +761,26 @@ BF_FUNCTION void bf_step_gradients(const bf_run *run, size_t s, const bf_real *w
         }
     }
     for (size_t p = 0; p < P; p++)
-        decay[p] = run->optimizer.rule == BF_ADAMW ? 0 : (bf_real)run->optimizer.weight_decay * w[p];
+        decay[p] = bf_decoupled(&run->optimizer) ? 0 : (bf_real)run->optimizer.weight_decay * w[p];
     free(own);
 }
 
-/* v (P): Adam's second moment, advanced by step s, or the recorded one;
- * denominator = sqrt(v / (1 - beta2^(s+1))) + epsilon */
+/* v (P): the second moment, or Adagrad's sum, advanced by step s, or the recorded one;
+ * denominator = sqrt(v / (1 - beta2^(s+1))) + epsilon, of RMSprop and Adagrad without the correction */
 BF_FUNCTION void bf_second_moment(const bf_run *run, size_t s, const bf_real *sum, const bf_real *decay,
                                   bf_real *v, bf_real *denominator)
 {
-    const bf_real b2 = (bf_real)run->optimizer.beta2, correction = 1 - BF_MATH(pow)(b2, (bf_real)(s + 1));
+    const int plain = run->optimizer.rule == BF_RMSPROP || run->optimizer.rule == BF_ADAGRAD;
+    const bf_real b2 = (bf_real)(plain ? run->optimizer.alpha : run->optimizer.beta2),
+                  correction = plain ? 1 : 1 - BF_MATH(pow)(b2, (bf_real)(s + 1));
     for (size_t p = 0; run->optimizer.rule != BF_SGD && p < run->parameters; p++) {
         const bf_real g = sum[p] + decay[p];
-        v[p] = run->second_moments ? (bf_real)run->second_moments[s * run->parameters + p]
-                                   : b2 * v[p] + (1 - b2) * g * g;
+        if (run->second_moments)
+            v[p] = (bf_real)run->second_moments[s * run->parameters + p];
+        else if (run->optimizer.rule == BF_ADAGRAD)
+            v[p] = (s ? v[p] : (bf_real)run->optimizer.initial_accumulator_value) + g * g;
+        else
+            v[p] = b2 * v[p] + (1 - b2) * g * g;
         denominator[p] = BF_MATH(sqrt)(v[p] / correction) + (bf_real)run->optimizer.epsilon;
     }
 }
@@ -746,7 +790,7 @@ BF_FUNCTION void bf_advance_decay(const bf_run *run, size_t s, const bf_real *w,
                                   const bf_real *decay, bf_real *m, bf_real *update)
 {
     bf_advance(&run->optimizer, s, run->learning_rates[s], run->parameters, denominator, decay, m, update);
-    for (size_t p = 0; run->optimizer.rule == BF_ADAMW && p < run->parameters; p++)
+    for (size_t p = 0; bf_decoupled(&run->optimizer) && p < run->parameters; p++)
         update[p] -= (bf_real)run->learning_rates[s] * (bf_real)run->optimizer.weight_decay * w[p];
 }
 

@@ -103,23 +103,38 @@ FIXTURE bf_network fixture_network(const char *text)
     return network;
 }
 
+/* A rule in brute force's words. */
+FIXTURE bf_optimizer fixture_optimizer_of(const pk_optimizer *from)
+{
+    static const bf_rule rules[] = {
+        [PK_SGD] = BF_SGD,         [PK_ADAM] = BF_ADAM,       [PK_ADAMW] = BF_ADAMW,
+        [PK_RMSPROP] = BF_RMSPROP, [PK_ADAGRAD] = BF_ADAGRAD, [PK_NADAM] = BF_NADAM};
+    bf_optimizer optimizer;
+    memset(&optimizer, 0, sizeof optimizer);
+    optimizer.rule = rules[from->kind];
+    optimizer.momentum = from->momentum;
+    optimizer.dampening = from->dampening;
+    optimizer.weight_decay = from->weight_decay;
+    optimizer.nesterov = from->nesterov;
+    optimizer.beta1 = from->beta1;
+    optimizer.beta2 = from->beta2;
+    optimizer.epsilon = from->epsilon;
+    optimizer.alpha = from->alpha;
+    optimizer.lr_decay = from->lr_decay;
+    optimizer.initial_accumulator_value = from->initial_accumulator_value;
+    optimizer.momentum_decay = from->momentum_decay;
+    optimizer.decoupled = from->decoupled_weight_decay;
+    optimizer.maximize = from->maximize;
+    return optimizer;
+}
+
 FIXTURE bf_optimizer fixture_optimizer(const char *text)
 {
     pk_context context;
     pk_optimizer parsed;
-    bf_optimizer optimizer;
     memset(&context, 0, sizeof context);
-    memset(&optimizer, 0, sizeof optimizer);
     assert_ok(&context, pk_optimizer_parse(&context, text, &parsed));
-    optimizer.rule = parsed.kind == PK_SGD ? BF_SGD : parsed.kind == PK_ADAM ? BF_ADAM : BF_ADAMW;
-    optimizer.momentum = parsed.momentum;
-    optimizer.dampening = parsed.dampening;
-    optimizer.weight_decay = parsed.weight_decay;
-    optimizer.nesterov = parsed.nesterov;
-    optimizer.beta1 = parsed.beta1;
-    optimizer.beta2 = parsed.beta2;
-    optimizer.epsilon = parsed.epsilon;
-    return optimizer;
+    return fixture_optimizer_of(&parsed);
 }
 
 FIXTURE void fixture_clear(const char *directory)

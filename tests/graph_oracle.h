@@ -1043,16 +1043,7 @@ GO_FUNCTION bf_run go_settings(const pk_run *run)
             settings.loss = (bf_loss)l;
     if (settings.loss == BF_LOSSES)
         abort();
-    settings.optimizer.rule = run->optimizer.kind == PK_SGD    ? BF_SGD
-                              : run->optimizer.kind == PK_ADAM ? BF_ADAM
-                                                               : BF_ADAMW;
-    settings.optimizer.momentum = run->optimizer.momentum;
-    settings.optimizer.dampening = run->optimizer.dampening;
-    settings.optimizer.weight_decay = run->optimizer.weight_decay;
-    settings.optimizer.nesterov = run->optimizer.nesterov;
-    settings.optimizer.beta1 = run->optimizer.beta1;
-    settings.optimizer.beta2 = run->optimizer.beta2;
-    settings.optimizer.epsilon = run->optimizer.epsilon;
+    settings.optimizer = fixture_optimizer_of(&run->optimizer);
     settings.steps = run->steps, settings.parameters = run->parameters, settings.examples = run->examples;
     settings.outputs = run->outputs;
     settings.learning_rates = (double *)run->learning_rates;
@@ -1089,15 +1080,16 @@ GO_FUNCTION void go_decompose(const pk_run *run, size_t rows, const pk_real *inp
         for (size_t p = 0; p < P; p++) {
             w[p] = (bf_real)stored[p];
             path.change[p] = (bf_real)stored[P + p] - w[p];
-            decay[p] =
-                settings.optimizer.rule == BF_ADAMW ? 0 : (bf_real)settings.optimizer.weight_decay * w[p];
+            decay[p] = bf_decoupled(&settings.optimizer) ? 0 : (bf_real)settings.optimizer.weight_decay * w[p];
         }
         memset(gradient, 0, N * P * sizeof *gradient);
         memset(sum, 0, P * sizeof *sum);
         for (size_t b = 0; b < batch.count; b++) {
             const size_t i = (size_t)batch.items[b];
             const bf_real c = batch.weights ? (bf_real)batch.weights[b] : 1 / (bf_real)batch.count;
-            go_loss_gradient(run, settings.loss, &path.tape, i, w, c * (bf_real)pk_run_gradient_scale(run, s),
+            go_loss_gradient(run, settings.loss, &path.tape, i, w,
+                             c * (bf_real)pk_run_gradient_scale(run, s) *
+                                 (settings.optimizer.maximize ? -1 : 1),
                              gradient + i * P);
             live[i] = 2;
         }

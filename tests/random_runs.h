@@ -17,6 +17,8 @@
 
 typedef enum rr_kind { RR_SMOOTH, RR_LINEAR /* piecewise */, RR_MIXED, RR_KINDS, RR_ANY = RR_KINDS } rr_kind;
 enum { RR_TEXT = 900, RR_MOST_ROWS = 6 };
+/* Seeds from here on draw layers and rules that came later, too; the others draw the runs that they always did. */
+enum { RR_MORE = 1000000 };
 
 typedef struct rr_run {
     pk_context context;
@@ -42,6 +44,11 @@ RR_FUNCTION int rr_chance(uint64_t *random, double probability)
     return bf_uniform(random) < probability;
 }
 
+RR_FUNCTION const char *rr_one_of(uint64_t *random, size_t count, const char *const *words)
+{
+    return words[rr_below(random, count)];
+}
+
 /* log-uniform */
 RR_FUNCTION double rr_between(uint64_t *random, double low, double high)
 {
@@ -55,6 +62,8 @@ typedef struct rr_text {
     rr_kind kind;
     size_t used, rank, dims[3]; /* rank 1: a vector, 2: tokens x width, 3: an image */
     char *text;
+    int more;     /* see RR_MORE */
+    size_t names; /* of values so far */
 } rr_text;
 
 RR_FUNCTION void rr_say(rr_text *t, const char *format, ...)
@@ -78,7 +87,17 @@ RR_FUNCTION void rr_activation(rr_text *t)
                                          "silu", "erf",     "sine",     "sine 0.5"};
     static const char *const kinked[] = {"relu",           "relu", "relu",     "leaky_relu",
                                          "leaky_relu 0.2", "abs",  "hard_tanh"};
+    static const char *const more_smooth[] = {"gelu tanh", "mish", "log_sigmoid", "softmin"};
+    static const char *const more_kinked[] = {"relu6", "hard_sigmoid", "prelu"};
+    static const char *const joined[] = {"elu", "elu 0.3", "selu", "softsign", "hardswish"};
     const int kink = t->kind == RR_LINEAR || (t->kind == RR_MIXED && rr_chance(t->random, 0.5));
+    if (t->more && rr_chance(t->random, 0.5)) {
+        rr_say(t, "; %s",
+               t->kind == RR_MIXED && rr_chance(t->random, 0.4) ? rr_one_of(t->random, 5, joined)
+               : kink                                           ? rr_one_of(t->random, 3, more_kinked)
+                                                                : rr_one_of(t->random, 4, more_smooth));
+        return;
+    }
     rr_say(t, "; %s",
            kink ? kinked[rr_below(t->random, sizeof kinked / sizeof *kinked)]
                 : smooth[rr_below(t->random, sizeof smooth / sizeof *smooth)]);
@@ -87,6 +106,13 @@ RR_FUNCTION void rr_activation(rr_text *t)
 RR_FUNCTION void rr_norm(rr_text *t)
 {
     const char *const affine = rr_chance(t->random, 0.3) ? " noaffine" : "";
+    if (t->more && rr_smooth_allowed(t) && rr_chance(t->random, 0.3)) {
+        if (t->rank == 3 && t->dims[1] * t->dims[2] > 2 && rr_chance(t->random, 0.5))
+            rr_say(t, "; instance_norm epsilon=1e-2%s", affine);
+        else
+            rr_say(t, "; group_norm 1%s", affine);
+        return;
+    }
     switch (rr_below(t->random, rr_smooth_allowed(t) ? 4 : 2)) {
     case 0: rr_say(t, "; batch_norm stat%zu%s", t->dims[0], affine); break;
     case 1: rr_say(t, rr_chance(t->random, 0.3) ? "; scale 1.5" : "; affine"); break;
@@ -102,6 +128,40 @@ RR_FUNCTION void rr_dense(rr_text *t, size_t width, int zero)
            : rr_chance(t->random, 0.08) ? " ntk"
                                         : "");
     t->dims[t->rank - 1] = width;
+}
+
+/* Networks of values behind a vector: a gate, a sum of parts, a quotient, the largest of each pair, other places. */
+RR_FUNCTION void rr_values(rr_text *t)
+{
+    const size_t width = t->dims[0], name = t->names++;
+    switch (rr_below(t->random, rr_smooth_allowed(t) ? 6 : 5)) {
+    case 0:
+        rr_say(t, "; as v%zu; dense %zu; %s; multiply v%zu", name, width,
+               t->kind == RR_LINEAR ? "relu" : "sigmoid", name);
+        break;
+    case 1: rr_say(t, "; as v%zu; dense %zu; subtract v%zu", name, width, name); break;
+    case 2:
+        rr_dense(t, 4, 0);
+        rr_say(t, "; reshape 2x2; %s %zu", rr_chance(t->random, 0.5) ? "max" : "min", rr_below(t->random, 2));
+        t->dims[0] = 2;
+        break;
+    case 3:
+        rr_say(t, "; gather places2_3_%zu; sum %zu", width, rr_below(t->random, 2));
+        rr_say(t, "; dense 3");
+        t->dims[0] = 3;
+        break;
+    case 4:
+        rr_dense(t, 4, 0);
+        rr_say(t, "; reshape 2x2; as v%zu; matmul v%zu%s; flatten", name, name,
+               rr_chance(t->random, 0.5) ? " transpose" : "");
+        break;
+    default:
+        rr_say(
+            t,
+            "; as v%zu; power 2; affine scalar nobias; power 2; as w%zu; parameter 1; exp; add w%zu; as w%zuq; "
+            "from v%zu; divide w%zuq",
+            name, name, name, name, name, name);
+    }
 }
 
 RR_FUNCTION void rr_block(rr_text *t)
@@ -140,7 +200,9 @@ RR_FUNCTION void rr_vector_network(rr_text *t)
         t->dims[0] = 2 * count;
     }
     for (size_t blocks = 1 + rr_below(t->random, 3); blocks; blocks--)
-        if (rr_chance(t->random, 0.3))
+        if (t->more && rr_chance(t->random, 0.5))
+            rr_values(t);
+        else if (rr_chance(t->random, 0.3))
             rr_residual(t);
         else
             rr_block(t);
@@ -187,6 +249,15 @@ RR_FUNCTION void rr_image_network(rr_text *t)
         if (rr_chance(t->random, 0.3))
             rr_norm(t);
         rr_activation(t);
+    }
+    if (t->more && rr_chance(t->random, 0.4)) {
+        const int transposed = rr_chance(t->random, 0.4);
+        rr_say(t,
+               transposed                  ? "; conv_transpose %zu 2 stride=2"
+               : rr_chance(t->random, 0.5) ? "; upsample 2"
+                                           : "; upsample 2 bilinear",
+               t->dims[0]);
+        t->dims[1] *= 2, t->dims[2] *= 2;
     }
     if (t->dims[1] > 1 && t->dims[2] > 1 && rr_chance(t->random, 0.5)) {
         const int most = t->kind != RR_SMOOTH && rr_chance(t->random, 0.6), pad = rr_chance(t->random, 0.2);
@@ -239,7 +310,10 @@ RR_FUNCTION size_t rr_token_network(rr_text *t)
     t->rank = 2;
     t->dims[0] = 2 + rr_below(t->random, 3);
     t->dims[1] = 2 + rr_below(t->random, 3);
-    if (vocabulary)
+    if (vocabulary && t->more && rr_chance(t->random, 0.5))
+        rr_say(t, "input %zu; embedding %zu %zu padding=%zu first=1", t->dims[0] + 1, vocabulary, t->dims[1],
+               rr_below(t->random, vocabulary));
+    else if (vocabulary)
         rr_say(t, "input %zu; embedding %zu %zu", t->dims[0], vocabulary, t->dims[1]);
     else
         rr_say(t, "input %zux%zu", t->dims[0], t->dims[1]);
@@ -313,10 +387,30 @@ RR_FUNCTION pk_status rr_load(void *user, pk_context *context, const char *name,
 
 /* ---- runs ---- */
 
-RR_FUNCTION void rr_optimizer(uint64_t *random, char *text, size_t size)
+RR_FUNCTION void rr_optimizer(uint64_t *random, int more, char *text, size_t size)
 {
     const double decay = rr_chance(random, 0.4) ? rr_between(random, 1e-3, 0.1) : 0;
     const double momentum = 0.5 + 0.45 * bf_uniform(random);
+    if (more && rr_chance(random, 0.5)) {
+        const int maximize = rr_chance(random, 0.2);
+        switch (rr_below(random, 3)) {
+        case 0:
+            snprintf(text, size, "rmsprop alpha=%.3g momentum=%.3g weight_decay=%.3g maximize=%d",
+                     0.5 + 0.49 * bf_uniform(random), rr_chance(random, 0.5) ? momentum : 0, decay, maximize);
+            break;
+        case 1:
+            snprintf(text, size,
+                     "adagrad lr_decay=%.3g initial_accumulator_value=%.3g weight_decay=%.3g maximize=%d",
+                     0.1 * bf_uniform(random), rr_chance(random, 0.5) ? 0.1 : 0, decay, maximize);
+            break;
+        default:
+            snprintf(text, size,
+                     "nadam beta1=%.3g weight_decay=%.3g decoupled_weight_decay=%d float32_product=0 "
+                     "maximize=%d",
+                     momentum, decay, rr_chance(random, 0.5), maximize);
+        }
+        return;
+    }
     switch (rr_below(random, 6)) {
     case 0: snprintf(text, size, "sgd weight_decay=%.3g", decay); break;
     case 1: snprintf(text, size, "sgd momentum=%.3g weight_decay=%.3g", momentum, decay); break;
@@ -391,12 +485,13 @@ RR_FUNCTION void rr_train(rr_run *r, uint64_t *random, const pk_graph *graph, pk
     options.optimizer = r->optimizer;
     options.batch_weights = rr_chance(random, 0.3);
     options.gradient_scales = 1;
-    options.second_moments = optimizer.kind != PK_SGD && rr_chance(random, 0.3);
+    options.second_moments =
+        (optimizer.kind == PK_ADAM || optimizer.kind == PK_ADAMW) && rr_chance(random, 0.3);
     const int clipped = rr_chance(random, 0.3), together = r->scale == 1 && rr_chance(random, 0.5);
     assert_ok(&r->context, pk_recorder_open(&r->context, directory, &options, train, weights, &recorder));
     assert_ok(&r->context, pk_gradient_prepare(&r->context, graph, 2 * N, &workspace));
-    pk_real *gradient = BF_NEW(pk_real, P), *update = BF_NEW(pk_real, P), *state = BF_NEW(pk_real, 2 * P),
-            *trial = BF_NEW(pk_real, 2 * P);
+    pk_real *gradient = BF_NEW(pk_real, P), *update = BF_NEW(pk_real, P), *state = BF_NEW(pk_real, 3 * P),
+            *trial = BF_NEW(pk_real, 3 * P);
     int64_t *items = BF_NEW(int64_t, 2 * N);
     double *shares = BF_NEW(double, 2 * N);
     for (size_t s = 0; s < steps; s++) {
@@ -410,7 +505,7 @@ RR_FUNCTION void rr_train(rr_run *r, uint64_t *random, const pk_graph *graph, pk
                                                  NULL, gradient));
         const double clip = clipped ? pk_clip_scale(gradient, P, 0.5 * rr_norm_of(P, gradient)) : 1;
         /* Updates are proportional to the rate: a trial at rate 1 tells the rate that gives the wanted size. */
-        memcpy(trial, state, 2 * P * sizeof *state);
+        memcpy(trial, state, 3 * P * sizeof *state);
         pk_optimizer_update(&optimizer, s, 1, clip, P, weights, gradient, trial, update);
         double rate = r->pace * (0.5 + bf_uniform(random)) * rr_room(r, graph, together, weights, update);
         rate = rate > 0 && isfinite(rate) ? rate : 0.1;
@@ -425,13 +520,14 @@ RR_FUNCTION void rr_train(rr_run *r, uint64_t *random, const pk_graph *graph, pk
     free(gradient), free(update), free(state), free(trial), free(items), free(shares);
 }
 
-RR_FUNCTION void rr_random_network(uint64_t *random, rr_kind kind, char *text, size_t outputs, int logarithm,
-                                   size_t *vocabulary)
+RR_FUNCTION void rr_random_network(uint64_t *random, rr_kind kind, int more, char *text, size_t outputs,
+                                   int logarithm, size_t *vocabulary)
 {
     rr_text t;
     memset(&t, 0, sizeof t);
     t.random = random;
     t.kind = kind;
+    t.more = more;
     t.text = text;
     *vocabulary = 0;
     switch (rr_below(random, 8)) {
@@ -502,12 +598,12 @@ RR_FUNCTION void rr_choose(uint64_t seed, rr_kind kind, rr_recipe *r)
     const int logarithm = r->loss == PK_NLL && r->kind != RR_LINEAR && rr_chance(random, 0.8);
     for (int small = 0; !small;) {
         memset(&graph, 0, sizeof graph);
-        rr_random_network(random, r->kind, r->network, C, logarithm, &r->vocabulary);
+        rr_random_network(random, r->kind, seed >= RR_MORE, r->network, C, logarithm, &r->vocabulary);
         assert_ok(&context, pk_network_parse_with(&context, r->network, &constants, &graph));
         small = graph.parameters <= 300;
         pk_graph_release(&context, &graph);
     }
-    rr_optimizer(random, r->optimizer, sizeof r->optimizer);
+    rr_optimizer(random, seed >= RR_MORE, r->optimizer, sizeof r->optimizer);
     const double part = bf_uniform(random);
     r->pace = part < 0.2 ? rr_between(random, 1e-6, 1e-3) : rr_between(random, part < 0.4 ? 1e-3 : 0.1, 3);
     r->scale = rr_chance(random, 0.5) || logarithm ? 1 : rr_between(random, 1e-12, 1e12);

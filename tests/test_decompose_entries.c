@@ -172,7 +172,9 @@ static void test_oracles_agree(void **state)
 static void test_oracle_is_sound(void **state)
 {
     (void)state;
-    for (uint64_t seed = 1; seed <= 60; seed++) {
+    int unsettled = 0;
+    for (uint64_t number = 1; number <= 140; number++) {
+        const uint64_t seed = number <= 60 ? number : RR_MORE + number;
         rr_recipe recipe;
         rr_run r;
         go_result truth;
@@ -205,7 +207,11 @@ static void test_oracle_is_sound(void **state)
                              (int)seed, r.network, p, k, (double)row[p], (double)jacobian[k * P + p]);
         }
         go_decompose(&r.run, r.rows, r.inputs, &truth);
-        for (size_t cell = 0; cell < r.rows * C; cell++) {
+        if (truth.missed) { /* a norm of numbers that are equal, whose rounding an abs or a maximum sees */
+            print_message("seed %d: brute force does not settle: %s\n", (int)seed, r.network);
+            unsettled++;
+        }
+        for (size_t cell = 0; cell < r.rows * C && !truth.missed; cell++) {
             double allowed = 0, entries = 0;
             for (size_t i = 0; i < truth.examples; i++) {
                 allowed += (double)truth.accuracy[cell * truth.examples + i];
@@ -222,6 +228,7 @@ static void test_oracle_is_sound(void **state)
         free(weights), free(jacobian), free(seeds), free(row);
         rr_free(&r);
     }
+    assert_true(unsettled <= 3);
 }
 
 int main(void)
