@@ -355,8 +355,7 @@ class Reader:
             return Value(values[0].id, row, batch, group, values[0].have)
         whole = self.flat(values[0])
         if len(values) > 1:
-            others = [("value", self.flat(x).id) for x in values[1:]]
-            whole = Value(self.emit(whole.id, ["concat", "0", *others]), (total,))
+            whole = Value(self.concat(0, [self.flat(x).id for x in values]), (total,))
         name = self.constant_name((one - 1).reshape(have))
         id = self.emit(whole.id, ["gather", name])
         if len(values) == 1 and (one > 0).all():
@@ -382,6 +381,13 @@ class Reader:
                     group = (int(first > 1), int(second > 1))
                     yield row, axis, group, self.rows_of(out, axis, group, row)[0]
         yield out.shape, None, (0, 0), out.ravel()
+
+    def concat(self, axis, ids):
+        """The values one behind the other; a layer of the language has 16 words."""
+        id = ids[0]
+        for first in range(1, len(ids), 12):
+            id = self.emit(id, ["concat", str(axis), *(("value", other) for other in ids[first : first + 12])])
+        return id
 
     def compare(self, x, number):
         """The mask of x > number, of data."""
@@ -695,8 +701,7 @@ def _(r, parts, axis=0):
     parts = [r.shaped(x, [x.row[j] for j in keep]) for x in parts]
     row = list(first.row)
     row[at] = sum(x.row[at] for x in parts)
-    words = ["concat", str(keep.index(at)), *(("value", x.id) for x in parts[1:])]
-    id = r.emit(parts[0].id, words) if len(parts) > 1 else parts[0].id
+    id = r.concat(keep.index(at), [x.id for x in parts])
     return first.like(id, row, tuple(row[j] for j in keep))
 
 
@@ -1298,7 +1303,7 @@ def _(r, weight, index, padding=-1, *rest):
         words = ["embedding", str(vocabulary), str(weight.row[1]), *options] + ["transposed"] * weight.transposed
         parts.append(r.emit(0, r.layer(words, [(name, "weight")])))
         first = i
-    id = parts[0] if len(parts) == 1 else r.emit(parts[0], ["concat", "0", *(("value", part) for part in parts[1:])])
+    id = r.concat(0, parts)
     return Value(id, index.row + weight.row[1:], index.batch, index.group, (prod(index.row), weight.row[1]))
 
 
@@ -1883,6 +1888,13 @@ def circular(x, sides, mode="constant", value=None):
     return x
 
 
+def one_hot(x, num_classes=-1):
+    """torch.nn.functional.one_hot, which PyTorch computes in place."""
+    if num_classes < 0:
+        raise Unsupported("one_hot without num_classes")
+    return (x.unsqueeze(-1) == torch.arange(num_classes)).long()
+
+
 SEEN = set(
     "__bool__ __float__ __int__ __index__ __complex__ __array__ item tolist numpy equal allclose is_nonzero".split()
 )
@@ -1911,6 +1923,8 @@ class Gradients(torch.overrides.TorchFunctionMode):
             raise Unsupported(f"{name}(): a number of the data or of the parameters that Python code sees")
         if name == "pad" and any(isinstance(x, str) and x == "circular" for x in (*args, *(keywords or {}).values())):
             function = circular
+        if name == "one_hot":
+            function = one_hot
         result = function(*args, **(keywords or {}))
         if depends:
             made = torch.utils._pytree.tree_flatten(result)[0]
@@ -2048,7 +2062,8 @@ def in_place(graph):
 def living(graph):
     """The nodes that the first output depends on, and what is done in place."""
     last = next(node for node in graph.nodes if node.op == "output")
-    first = last.args[0][0] if isinstance(last.args[0], (list, tuple)) else last.args[0]
+    first = last.args[0]
+    first = first[0] if isinstance(first, (list, tuple)) and first else first
     live = {last, first} if isinstance(first, torch.fx.Node) else {last}
     for node in reversed(graph.nodes):
         if (node in live and node is not last) or node.meta.get("write"):
@@ -2078,7 +2093,10 @@ def read_once(model, inputs):
                 raise Unsupported("a tensor that is trained and is no parameter of the model")
         elif node.op == "output":
             last = node.args[0]
-            last = known[last[0] if isinstance(last, (list, tuple)) else last]
+            last = last[0] if isinstance(last, (list, tuple)) and last else last
+            if not isinstance(last, torch.fx.Node):
+                raise Unsupported("outputs that are neither a tensor nor several with the outputs in front")
+            last = known[last]
         elif node not in live:
             known[node] = None
         elif getattr(node.target, "__name__", "") == "getitem":
@@ -2098,6 +2116,10 @@ def read_once(model, inputs):
         missing = [name for name in names if name not in reader.order]
         raise Unsupported(f"parameters that are never used: {', '.join(missing)}")
     line = reader.line(row, last.id)
+    if len(line) > 65472 or line.count(";") >= 10000:
+        raise Unsupported(
+            f"a network of {line.count(';') + 1} layers and {len(line)} characters; 10000 and 65472 are possible"
+        )
     words = {word for layer in line.split("; ") for word in layer.split()}
     constants = {name: table for name, table in reader.constants.items() if name in words}
     return Network(line, [parameters[n] for n in reader.order], constants), outputs
@@ -2152,12 +2174,12 @@ def other_rows(inputs):
     return torch.cat([row, inputs[:1]])
 
 
-def check_rows(model, inputs):
+def check_rows(model, inputs, most):
     """Whether the outputs of a row depend on the rest of its batch, or on the batch's size."""
     rows = torch.cat([inputs[:8], other_rows(inputs)[:8]])
     buffers, outputs = dict(model.named_buffers()), []
     with torch.enable_grad(), watched(model):  # without gradients PyTorch may take other ways
-        for count in (2, 3, len(inputs), 101):
+        for count in sorted({2, 3, len(inputs), most}):
             some = rows[torch.arange(count) % len(rows)]
             try:
                 out = functional_call(model, {name: buffer.clone() for name, buffer in buffers.items()}, (some,))
@@ -2165,18 +2187,17 @@ def check_rows(model, inputs):
                 raise Unsupported(f"a model that fails for a batch of {count}: {error}") from error
             outputs.append((out[0] if isinstance(out, (list, tuple)) else out).detach().double())
     whole, size = outputs[-1], float(outputs[-1].abs().max()) or 1.0
-    limit = 1e-9 if inputs.dtype == torch.float64 or next(model.parameters()).dtype == torch.float64 else 1e-4
+    double = torch.float64 in (inputs.dtype, next(model.parameters()).dtype)
     for out in outputs:
-        if out.shape[1:] != whole.shape[1:] or not float((out - whole[: len(out)]).abs().max()) <= limit * size:
+        if out.shape[1:] != whole.shape[1:] or not float((out - whole[: len(out)]).abs().max()) <= size * (
+            1e-9 if double else 1e-4
+        ):
             raise Unsupported(
                 "a network whose outputs for a row depend on the rest of its batch, on its size, or on chance"
             )
 
 
-def read_network(model, inputs):
-    """See the top of this file. inputs: a batch, as the model takes it; of one row or more, of which the values matter little."""
-    sizes = set(inputs.shape[1:]) | {size for p in model.parameters() for size in p.shape}
-    primes = [p for p in (101, 103, 107, 109, 113, 127, 131, 137) if not any(size % p == 0 for size in sizes)]
+def read_twice(model, inputs, primes):
     networks = []
     for size, from_rows in zip(primes, (inputs, other_rows(inputs))):
         rows = from_rows[torch.arange(size) % len(from_rows)].clone()
@@ -2186,5 +2207,21 @@ def read_network(model, inputs):
         raise Unsupported(
             "a network that depends on the size of the batch, on the data outside of the graph, or on chance"
         )
-    check_rows(model, inputs)
     return networks[0]
+
+
+def read_network(model, inputs):
+    """See the top of this file. inputs: a batch, as the model takes it, of one row or more; other values of such rows have to
+    give the same network."""
+    sizes = set(inputs.shape[1:]) | {size for p in model.parameters() for size in p.shape}
+    fits = lambda *primes: [p for p in primes if not any(size % p == 0 for size in sizes)][:2]
+    large = fits(101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157)
+    if len(large) < 2:
+        raise Unsupported("sizes among which the batch's cannot be told apart")
+    network, small = None, fits(7, 11, 13, 17, 19, 23, 29, 31)
+    if sum(p.numel() for p in model.parameters()) > 1000000 and len(small) == 2:  # a forward of 100 rows costs much
+        with contextlib.suppress(Unsupported):
+            network = read_twice(model, inputs, small)
+    network = network or read_twice(model, inputs, large)
+    check_rows(model, inputs, large[0])
+    return network
