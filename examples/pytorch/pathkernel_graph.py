@@ -78,13 +78,6 @@ class Value:
         return Value(id, row, self.batch, self.group, have)
 
 
-def own(weight, bias=None):
-    """The tensors of a layer, which must be parameters themselves, not what is made of them."""
-    if any(value is not None and value.parameter is None for value in (weight, bias)):
-        raise Unsupported("a layer whose weight or bias is no parameter")
-    return [(value and value.parameter, tensor) for value, tensor in ((weight, "weight"), (bias, "bias"))]
-
-
 def alone(x):
     """A value for a layer that sees channels and places: the batch is the first axis, and that axis is nothing else."""
     if x.batch != 0 or sum(x.group):
@@ -94,6 +87,14 @@ def alone(x):
 
 def prod(numbers):
     return int(math.prod(numbers))
+
+
+class Shared(Unsupported):
+    """A tensor that the language cannot give to this layer, since another one has it otherwise."""
+
+    def __init__(self, message, parameters):
+        super().__init__(message)
+        self.parameters = parameters
 
 
 class Words(list):
@@ -112,6 +113,7 @@ class Reader:
         self.varying = set()  # the values that depend on parameters
         self.masks = set()  # those that are 0 or 1
         self.numbers = {}  # those that are constant
+        self.plain = set()  # parameters that are always values
         self.reshaped = {}  # the shapes that a value has been given already
         self.uses, self.padded = {}, {}  # of a parameter: how many layers use it; as tables with a padding token
         # Of a value that consists of the data: the number of each in a row of the inputs, and a whole number added to it.
@@ -166,14 +168,14 @@ class Reader:
         for parameter, tensor in known:
             name, earlier, kind = self.held[parameter]
             if kind != tensor:
-                raise Unsupported("a tensor that is the weight of one layer and the bias of another")
+                raise Shared("a tensor that is the weight of one layer and the bias of another", [parameter])
             if name[0] is None:
                 self.tied += 1
                 name[0] = f"w{self.tied}"
                 earlier.append("name=" + name[0])
             names.append(name[0])
         if len(set(names)) > 1:
-            raise Unsupported("a layer whose tensors are those of two other layers")
+            raise Shared("a layer whose tensors are those of two other layers", [parameter for parameter, _ in known])
         if known:
             words = words + [f"tied={names[0]}" + ("" if len(known) == len(tensors) > 1 else "." + known[0][1])]
         shared, words = [None], Words(words)
@@ -183,6 +185,13 @@ class Reader:
                 self.held[parameter] = (shared, words, tensor)
                 self.order.append(parameter)
         return words
+
+    def own(self, weight, bias=None):
+        """The tensors of a layer, which must be parameters themselves, not what is made of them."""
+        tensors = [value.parameter for value in (weight, bias) if value is not None]
+        if any(name is None or name in self.plain for name in tensors):
+            raise Unsupported("a layer whose weight or bias is no parameter")
+        return [(value and value.parameter, tensor) for value, tensor in ((weight, "weight"), (bias, "bias"))]
 
     def real(self, value):
         """The value as one of the language: a parameter becomes a layer."""
@@ -441,7 +450,13 @@ class Reader:
                     joined.append([c, d])
             sizes = joined
         have = tuple(max(a, b) for a, b in sizes) or (1,)
-        if x.row == y.row and x.have == y.have:
+        if len(sizes) > 4:
+            have = (prod(row),)
+            x, y = (
+                self.flat(self.move(lambda t: t.expand(row), Value(value.id, own, have=value.have)))
+                for value, own in zip((x, y), rows)
+            )
+        elif x.row == y.row and x.have == y.have:
             have = x.have
         elif prod(rows[1]) == 1:
             have, y = x.have, self.shaped(y, (1,))
@@ -485,7 +500,7 @@ class Reader:
         if prod(x.have) != prod(x.row):
             raise Unsupported("a matrix on values of more than four axes")
         words = ["dense", str(outputs)] + ([] if bias is not None else ["nobias"])
-        words = self.layer(words, own(weight, bias))
+        words = self.layer(words, self.own(weight, bias))
         return x.like(self.emit(x.id, words), x.row[:-1] + (outputs,), x.have[:-1] + (outputs,))
 
     def matmul(self, x, y):
@@ -499,8 +514,12 @@ class Reader:
             return self.squeeze(self.matmul(x, self.unsqueeze(y, 1)), -1)
         rank = max(ranks)
         if y.parameter is not None and y.transposed and x.batch is not None and x.batch + 1 < ranks[0]:
-            with contextlib.suppress(Unsupported):
+            try:
                 return self.dense(x, y, None)
+            except Shared:
+                raise
+            except Unsupported:
+                pass  # a product of values
         for _ in range(rank - ranks[0]):
             x = self.unsqueeze(x, 0)
         for _ in range(rank - ranks[1]):
@@ -714,7 +733,12 @@ def _(r, parts, axis=0):
 def _(r, bias, x, weight, beta=1, alpha=1):
     whole = weight.parameter is not None and weight.transposed and bias.parameter is not None
     if beta == alpha == 1 and whole and not bias.transposed and prod(bias.row) == weight.row[1]:
-        return r.dense(x, weight, bias)
+        try:
+            return r.dense(x, weight, bias)
+        except Shared:
+            raise
+        except Unsupported:
+            pass  # a product of values
     return r.pair("add", r.scale(r.matmul(x, weight), alpha), r.scale(bias, beta))
 
 
@@ -1149,9 +1173,11 @@ def _(r, x):
 
 @rule("_prelu_kernel", "prelu")
 def _(r, x, weight):
-    if weight.parameter is None:
-        raise Unsupported("a PReLU whose slope is no parameter")
     count = prod(weight.row)
+    if weight.parameter is None or weight.parameter in r.plain:  # relu(x) - slope relu(-x)
+        shape = (count,) + (1,) * (len(r.shape(x)) - 2) if count > 1 else (1,)
+        below = r.pair("multiply", r.follow(r.scale(x, -1), "relu"), r.view(weight, shape))
+        return r.pair("subtract", r.follow(x, "relu"), below)
     x = r.shaped(alone(x) if count > 1 else x)
     words = r.layer(["prelu"] + ([str(count)] if count > 1 else []), [(weight.parameter, "weight")])
     return x.like(r.emit(x.id, words), x.row, x.have)
@@ -1231,14 +1257,26 @@ def scaled(r, x, weight, bias, channels, words):
     if weight is None:
         return x
     try:
-        words = r.layer([*words] + ([] if bias is not None else ["nobias"]), own(weight, bias))
+        words = r.layer([*words] + ([] if bias is not None else ["nobias"]), r.own(weight, bias))
         return x.like(r.emit(x.id, words), x.row, x.have)
+    except Shared:
+        raise
     except Unsupported:
         for word, value in (("multiply", weight), ("add", bias)):
             if value is not None:
                 shape = (*r.shape(value), *[1] * (len(x.row) - 1)) if channels else r.shape(value)
                 x = r.pair(word, x, r.view(value, shape))
         return x
+
+
+def by_channel(r, x, weight, bias):
+    """x (batch, channels, ...) times a weight for each channel, plus a bias."""
+    if x.batch == 0 and not sum(x.group):
+        return scaled(r, x, weight, bias, True, ["affine", "dims=0"])
+    for word, value in (("multiply", weight), ("add", bias)):
+        if value is not None:
+            x = r.pair(word, x, r.view(value, (-1, *[1] * (len(r.shape(x)) - 2))))
+    return x
 
 
 @rule("native_layer_norm")
@@ -1278,8 +1316,8 @@ def _(r, weight, index, padding=-1, *rest):
         raise Unsupported("an embedding of what is not the data")
     if any(rest):
         raise Unsupported("an embedding with scale_grad_by_freq or sparse gradients")
-    if weight.parameter is None:
-        raise Unsupported("an embedding whose table is no parameter")
+    if weight.parameter is None or weight.parameter in r.plain:
+        raise Unsupported("an embedding whose table is no parameter, or the bias of a layer")
     name, vocabulary = weight.parameter, weight.row[0]
     if padding >= 0:
         if weight.transposed or r.parameters[name].detach()[padding].any():
@@ -1601,6 +1639,17 @@ def complex_product(r, x, y):
 # ---- layers of channels
 
 
+def channels(r, x):
+    """x as (channels, space), axes that are one with the batch counting as channels, and how to give results their axes."""
+    x = r.real(x)
+    if x.batch != 0 or x.group[0]:
+        return r.shaped(alone(x)), lambda id, row: x.like(id, row)
+    count = x.group[1]
+    inner = x.row[: count + 1]
+    shaped = Value(r.shaped(x, (prod(inner), *x.row[count + 1 :])).id, (prod(inner), *x.row[count + 1 :]), 0)
+    return shaped, lambda id, row: Value(id, (*inner, *row[1:]), 0, x.group, tuple(row))
+
+
 def unfolded(r, x, kernel, stride, pad, dilation):
     """(channels, positions, taps) of a value of channels and space, and the size of the space behind it."""
     x, space = r.shaped(alone(r.real(x)), (prod(x.row),)), x.row[1:]
@@ -1631,9 +1680,33 @@ def convolved(r, x, weight, bias, stride, pad, dilation, groups):
     return y
 
 
+def merged(r, x, weight, bias, stride, pad, dilation):
+    """A convolution where the batch's axis holds others, too: a dense layer of the patches."""
+    count, inputs, *space = x.row
+    kernel, outputs = r.shape(weight)[2:], r.shape(weight)[0]
+    three = lambda numbers: list(numbers) * len(space) if len(numbers) == 1 else list(numbers)
+    whole = Value(x.id, (count * inputs, *space), 0, have=x.have)
+    patches, size = unfolded(r, whole, kernel, three(stride), three(pad), three(dilation))
+    positions, taps = prod(size), prod(kernel)
+    patches = r.view(patches, (r.size, count, inputs, positions, taps))
+    patches = r.view(r.permute(patches, (0, 1, 3, 2, 4)), (r.size, count * positions, inputs * taps))
+    y = RULES["linear"](r, patches, r.view(weight, (outputs, inputs * taps)), bias)
+    y = r.permute(r.view(y, (r.size, count, positions, outputs)), (0, 1, 3, 2))
+    return r.view(y, (r.size * count, outputs, *size))
+
+
+@rule("linear")
+def _(r, x, weight, bias=None):
+    y = r.matmul(x, r.permute(weight, (1, 0)))
+    return y if bias is None else r.pair("add", y, bias)
+
+
 @rule("convolution", "_convolution", "convolution_overrideable")
 def _(r, x, weight, bias, stride, pad, dilation, transposed, output_pad, groups, *rest):
-    x = r.shaped(alone(r.real(x)))
+    x = r.real(x)
+    if x.batch == 0 and x.group == (0, 1) and not transposed and groups == 1:
+        return merged(r, x, weight, bias, stride, pad, dilation)
+    x = r.shaped(alone(x))
     space = len(x.row) - 1
     stride, pad, dilation, output_pad = (
         list(v) * space if len(v) == 1 else list(v) for v in (stride, pad, dilation, output_pad)
@@ -1641,7 +1714,7 @@ def _(r, x, weight, bias, stride, pad, dilation, transposed, output_pad, groups,
     pair = lambda numbers: "x".join(map(str, numbers))
     sides = lambda: zip(x.row[1:], pad, dilation, kernel, stride, output_pad)
     try:
-        tensors = own(weight, bias)
+        tensors = r.own(weight, bias)
         if len(weight.row) not in (3, 4) or weight.transposed:
             raise Unsupported("a convolution of more axes")
         kernel = weight.row[2:]
@@ -1651,6 +1724,8 @@ def _(r, x, weight, bias, stride, pad, dilation, transposed, output_pad, groups,
         words += ["output_pad=" + pair(output_pad)] if transposed else []
         words += ["dilation=" + pair(dilation), f"groups={groups}"] + ([] if bias is not None else ["nobias"])
         words = r.layer(words, tensors)
+    except Shared:
+        raise
     except Unsupported:
         if transposed:
             raise
@@ -1665,9 +1740,11 @@ def _(r, x, weight, bias, stride, pad, dilation, transposed, output_pad, groups,
 @rule("native_group_norm")
 def _(r, x, weight, bias, count, channels, size, groups, epsilon):
     x = r.real(x)
-    x = r.shaped(alone(x), x.row if len(x.row) < 5 else (x.row[0], prod(x.row[1:])))
-    y = x.like(r.emit(x.id, ["group_norm", str(groups), f"epsilon={epsilon!r}", "noaffine"]), x.row, x.have)
-    return [scaled(r, y, weight, bias, True, ["affine", "dims=0"])]
+    rest = x.row[1 + x.group[1] :]
+    parts = r.shaped(x, (prod(x.row[: -len(rest)]) if rest else prod(x.row), prod(rest)))
+    number_of_groups = groups * (prod(x.row[: x.group[1]]))
+    id = r.emit(parts.id, ["group_norm", str(number_of_groups), f"epsilon={epsilon!r}", "noaffine"])
+    return [by_channel(r, x.like(id, x.row, parts.have), weight, bias)]
 
 
 @rule("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "_native_batch_norm_legit")
@@ -1688,15 +1765,22 @@ def _(r, x, weight, bias, mean, variance, *rest):
         )
     if not isinstance(mean, torch.Tensor):
         raise Unsupported("batch norm by statistics that are made of parameters")
-    x = r.shaped(alone(x), x.row if len(x.row) < 5 else (x.row[0], prod(x.row[1:])))
-    name = r.constant_name(np.stack([mean.double().numpy(), variance.double().numpy()]))
-    y = x.like(r.emit(x.id, ["batch_norm", name, f"epsilon={epsilon!r}", "noaffine"]), x.row, x.have)
-    return [scaled(r, y, weight, bias, True, ["affine", "dims=0"])]
+    mean, variance = (part.double().numpy() for part in (mean, variance))
+    if x.batch == 0 and not sum(x.group):
+        x = r.shaped(x, x.row if len(x.row) < 5 else (x.row[0], prod(x.row[1:])))
+        name = r.constant_name(np.stack([mean, variance]))
+        y = x.like(r.emit(x.id, ["batch_norm", name, f"epsilon={epsilon!r}", "noaffine"]), x.row, x.have)
+    else:
+        shape = (-1, *[1] * (len(r.shape(x)) - 2))
+        factor = 1 / np.sqrt(variance + epsilon)
+        y = r.pair("subtract", x, r.constant(mean.reshape(shape)))
+        y = r.pair("multiply", y, r.constant(factor.reshape(shape)))
+    return [by_channel(r, y, weight, bias)]
 
 
 def resized(r, x, operation, size, scales, mode, rest):
     x = r.real(x)
-    space = x.row[1:]
+    space = channels(r, x)[0].row[1:]
     given = [s for scale in scales for s in (scale if isinstance(scale, (list, tuple)) else [scale])]
     if size is None:
         size = [int(n * s) for n, s in zip(space, given)]
@@ -1705,9 +1789,9 @@ def resized(r, x, operation, size, scales, mode, rest):
         s is None or s == int(s) for s in given
     )
     if exact and len(space) < 3 and mode:
-        x = r.shaped(alone(x))
+        x, back = channels(r, x)
         words = ["upsample", "x".join(map(str, factors)), *mode]
-        return x.like(r.emit(x.id, words), (x.row[0], *map(int, size)))
+        return back(r.emit(x.id, words), (x.row[0], *map(int, size)))
     return (r.move if "nearest" in operation.__name__ else lambda f, x: linear(r, x, f))(operation, x)
 
 
@@ -1734,16 +1818,16 @@ for torch_name in ("upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_b
 
 @rule("_adaptive_avg_pool2d", "adaptive_avg_pool2d", "adaptive_avg_pool1d")
 def _(r, x, size):
-    x = r.shaped(alone(r.real(x)))
+    x, back = channels(r, x)
     words = ["adaptive_avg_pool", "x".join(map(str, size))]
-    return x.like(r.emit(x.id, words), (x.row[0], *size))
+    return back(r.emit(x.id, words), (x.row[0], *size))
 
 
 @rule("adaptive_max_pool2d", "adaptive_max_pool1d")
 def _(r, x, size):
-    x = r.shaped(alone(r.real(x)))
+    x, back = channels(r, x)
     words = ["adaptive_max_pool", "x".join(map(str, size))]
-    return [x.like(r.emit(x.id, words), (x.row[0], *size))]
+    return [back(r.emit(x.id, words), (x.row[0], *size))]
 
 
 @rule("_adaptive_avg_pool3d", "adaptive_avg_pool3d", "avg_pool3d")
@@ -1774,11 +1858,11 @@ def pooled(x, kernel, stride, pad, ceil):
 
 @rule("max_pool2d_with_indices", "max_pool2d")
 def _(r, x, kernel, stride=(), pad=(0, 0), dilation=(1, 1), ceil=False):
-    x = r.shaped(alone(r.real(x)))
+    x, back = channels(r, x)
     if tuple(dilation) not in ((1, 1), (1,)):
         raise Unsupported("max pooling with dilation")
     row, words = pooled(x, kernel, stride, pad, ceil)
-    return [x.like(r.emit(x.id, ["max_pool", *words]), row)]
+    return [back(r.emit(x.id, ["max_pool", *words]), row)]
 
 
 @rule("max_pool3d_with_indices")
@@ -1796,12 +1880,12 @@ def _(r, x, kernel, stride=(), pad=(0, 0, 0), dilation=(1, 1, 1), ceil=False):
 
 @rule("avg_pool2d")
 def _(r, x, kernel, stride=(), pad=(0, 0), ceil=False, include=True, divisor=None):
-    x = r.shaped(alone(r.real(x)))
     if divisor:
-        return linear(r, x, lambda t: torch.ops.aten.avg_pool2d(t, kernel, stride, pad, ceil, include, divisor))
+        return linear(r, r.real(x), lambda t: torch.ops.aten.avg_pool2d(t, kernel, stride, pad, ceil, include, divisor))
+    x, back = channels(r, x)
     row, words = pooled(x, kernel, stride, pad, ceil)
     words += [] if include else ["count_include_pad=0"]
-    return x.like(r.emit(x.id, ["avg_pool", *words]), row)
+    return back(r.emit(x.id, ["avg_pool", *words]), row)
 
 
 def attention(r, q, k, v, dropout=0.0, causal=False, mask=None, scale=None, **more):
@@ -1992,7 +2076,10 @@ def trace(model, inputs):
         values = {name: parameters[known] for name, known in alias.items()}
         for module, _, names in flat:
             module.__dict__["_flat_weights"] = [values[name] for name in names]
-        return functional_call(model, {**values, **buffers}, (x,))
+        outputs = functional_call(model, {**values, **buffers}, (x,))
+        if not isinstance(outputs, (torch.Tensor, list, tuple)):
+            raise Unsupported(f"outputs in a {type(outputs).__name__}, which is no tensor")
+        return outputs
 
     def traced(function):
         mode[0] = Gradients()
@@ -2073,9 +2160,21 @@ def living(graph):
 
 def read_once(model, inputs):
     graph, parameters = trace(model, inputs)
+    plain = set()
+    while True:
+        try:
+            return read_graph(graph, parameters, inputs, plain)
+        except Shared as error:  # such tensors become values of their own
+            if plain.issuperset(error.parameters):
+                raise
+            plain.update(error.parameters)
+
+
+def read_graph(graph, parameters, inputs, plain):
     names = list(parameters)
     row = tuple(inputs.shape[1:]) or (1,)
     reader, live = Reader(len(inputs), not inputs.dtype.is_floating_point, row, parameters), living(graph.graph)
+    reader.plain = plain
     known, places = {}, 0
     for node in graph.graph.nodes:
         if node.op == "placeholder":
@@ -2162,6 +2261,8 @@ def call(reader, node, known):
     args = [reader.constant_or(x) if isinstance(x, torch.Tensor) and i not in plain else x for i, x in enumerate(args)]
     try:
         return RULES[name](reader, *args, **keywords)
+    except Shared:
+        raise
     except Unsupported as error:
         raise Unsupported(f"{node.target}: {error}") from None
 
