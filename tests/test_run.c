@@ -227,7 +227,7 @@ static void check_arrays(const pk_run *run)
         if (strcmp(name, "batch_weights.npy") == 0)
             assert_ptr_equal(array->data, run->batch_weights);
     }
-    assert_int_equal(count, 13);
+    assert_int_equal(count, 15);
 }
 
 static void check_run(pk_context *context, const pk_run *run, const pk_recorder_options *options,

@@ -115,11 +115,19 @@ static pk_status pk__reference_step(pk_context *context, const pk_run *run, size
     pk_status status = PK_OK;
     pk_run_batch(run, s, &batch);
     memset(m->gradient, 0, (N + PK__REFERENCE_OTHERS) * P * sizeof *m->gradient);
+    size_t row = 0;
+    const pk_array *recorded = pk_run_loss_gradients(run, s, &row);
     for (size_t b = 0; !status && b < batch.count; b++) {
-        const pk_batch item = {1, batch.items + b, NULL};
+        const int64_t first = 0;
+        const pk_batch item = {1, &first, NULL};
         const double c = batch.weights ? batch.weights[b] : 1 / (double)batch.count;
-        status = pk_loss_gradients_with(context, &run->graph, &run->criterion, m->w, &run->train, &item, NULL,
-                                        pk_matrix_view(m->one, 1, P));
+        pk_dataset one;
+        status = pk_dataset_rows(context, &run->train, (size_t)batch.items[b], 1, &one);
+        if (!status && recorded)
+            one.targets = pk_array_rows(recorded, row + b, 1);
+        if (!status)
+            status = pk_loss_gradients_with(context, &run->graph, &run->criterion, m->w, &one, &item, NULL,
+                                            pk_matrix_view(m->one, 1, P));
         for (size_t p = 0; !status && p < P; p++)
             m->gradient[(size_t)batch.items[b] * P + p] += scale * c * m->one[p];
     }

@@ -337,6 +337,9 @@ static pk_status pk__sensing_check(pk_context *context, const pk_run *run, pk_ma
                         options->output, run->outputs);
     if (!(options->tolerance >= 0 && options->tolerance < INFINITY))
         return pk__fail(context, PK_ARGUMENT, "sensitivity: the tolerance is %g", options->tolerance);
+    if (run->loss_gradients.data)
+        return pk__fail(context, PK_UNSUPPORTED,
+                        "sensitivity: the run has recorded derivatives of a loss, not the loss");
     if (run->graph.surrogate)
         return pk__fail(context, PK_UNSUPPORTED,
                         "sensitivity: the network has an operation with a surrogate for a derivative");

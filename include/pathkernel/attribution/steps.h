@@ -302,9 +302,11 @@ static pk_status pk__load_window(pk_context *context, pk__window *window, int ad
         if (!advance && !window->average)
             pk__transpose_path(window, j);
         pk_run_batch(window->run, window->first + j, &window->batches[j]);
-        pk__examples_begin(&window->examples[j], &window->batches[j]);
+        size_t row = 0;
+        const pk_array *recorded = pk_run_loss_gradients(window->run, window->first + j, &row);
+        pk__examples_begin(&window->examples[j], &window->batches[j], recorded, row);
         if (window->magnitudes) {
-            pk__examples_begin(&window->magnitudes[j], &window->batches[j]);
+            pk__examples_begin(&window->magnitudes[j], &window->batches[j], recorded, row);
             pk__examples_perturb(U, from, window->perturbed_weights + j * U);
         }
     }

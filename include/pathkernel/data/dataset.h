@@ -155,12 +155,9 @@ PK__PRIVATE pk_status pk__dataset_check_targets(pk_context *context, const pk_da
     return pk__check_finite(context, "targets", targets);
 }
 
-PK_API pk_status pk_dataset_check(pk_context *context, const pk_dataset *dataset, size_t input_width,
-                                  size_t outputs)
+PK__PRIVATE pk_status pk__dataset_check_inputs(pk_context *context, const pk_dataset *dataset,
+                                               size_t input_width)
 {
-    pk_status status = pk__dataset_check_targets(context, dataset, outputs);
-    if (status)
-        return status;
     char has[200];
     const pk_array *inputs = &dataset->inputs;
     pk__shape_text(inputs, has, sizeof has);
@@ -172,6 +169,13 @@ PK_API pk_status pk_dataset_check(pk_context *context, const pk_dataset *dataset
     if (pk_array_items(inputs) && !inputs->data)
         return pk__fail(context, PK_ARGUMENT, "inputs %s: the data are NULL", has);
     return pk__check_finite(context, "inputs", inputs);
+}
+
+PK_API pk_status pk_dataset_check(pk_context *context, const pk_dataset *dataset, size_t input_width,
+                                  size_t outputs)
+{
+    pk_status status = pk__dataset_check_targets(context, dataset, outputs);
+    return status ? status : pk__dataset_check_inputs(context, dataset, input_width);
 }
 
 PK_API pk_status pk_dataset_rows(pk_context *context, const pk_dataset *dataset, size_t first, size_t count,

@@ -35,6 +35,8 @@ typedef struct pk__examples {
     size_t count, ld;
     const int64_t *items;
     int consecutive; /* items[b] == items[0] + b */
+    const pk_array *recorded; /* dl/df of the items, from the row recorded_row on; NULL: the criterion gives it */
+    size_t recorded_row;
     pk_real **input, **cotangent, **rows;
 } pk__examples;
 
@@ -64,7 +66,9 @@ typedef struct pk__example_workspace {
 } pk__example_workspace;
 PK__INTERNAL void pk__example_workspace_take(pk__arena *arena, const pk_graph *graph, size_t rows,
                                              pk__example_workspace *workspace);
-PK__INTERNAL void pk__examples_begin(pk__examples *examples, const pk_batch *batch);
+/* recorded: the derivatives of the items' losses by the outputs, from `row` on; NULL: the criterion gives them. */
+PK__INTERNAL void pk__examples_begin(pk__examples *examples, const pk_batch *batch, const pk_array *recorded,
+                                     size_t row);
 /* Fills the columns first .. first + PK__EXAMPLE_BLOCK - 1, as far as there are any, with gradients of
  * c_b l_b at the weights; gradient (graph->spread, may be NULL) += their sum, and weights are as many. Cost about 6 P flops an example. */
 PK__INTERNAL void pk__examples_fill(pk__examples *examples, const pk_graph *graph,
@@ -172,8 +176,11 @@ PK__INTERNAL void pk__example_workspace_take(pk__arena *arena, const pk_graph *g
     workspace->row_gradients = pk__arena_take(arena, most, rows * sizeof(pk_real));
 }
 
-PK__INTERNAL void pk__examples_begin(pk__examples *examples, const pk_batch *batch)
+PK__INTERNAL void pk__examples_begin(pk__examples *examples, const pk_batch *batch, const pk_array *recorded,
+                                     size_t row)
 {
+    examples->recorded = recorded;
+    examples->recorded_row = row;
     examples->count = batch->count;
     examples->items = batch->items;
     examples->consecutive = 1;
@@ -294,7 +301,11 @@ static void pk__fill_rows(pk__examples *examples, const pk_graph *graph, const p
     pk__tape *tape = &workspace->tape;
     const pk__line line = {weights, NULL, NULL}, seeds_line = {seeds_at, NULL, NULL};
     pk_dataset_inputs(data, batch->items + first, count, workspace->inputs);
-    pk_criterion_targets(criterion, data, batch->items + first, count, outputs, workspace->targets);
+    if (examples->recorded)
+        pk_array_reals(examples->recorded, (examples->recorded_row + first) * outputs, count * outputs,
+                       workspace->targets);
+    else
+        pk_criterion_targets(criterion, data, batch->items + first, count, outputs, workspace->targets);
     pk__pass_forward(tape, &seeds_line, count, workspace->inputs);
     const pk_real *f = pk__pass_output(tape);
     pk_real *seed = pk__pass_seed(tape);

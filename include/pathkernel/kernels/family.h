@@ -271,6 +271,11 @@ static pk_status pk__kernel_check_rule(pk_context *context, const pk_kernel_opti
 {
     const pk__kernel_row *row = &pk__kernel_rows[options->kind];
     const pk_quadrature *rule = &options->quadrature;
+    if ((row->feature == PK__FEATURE_LOSS || row->right_loss) && run->loss_gradients.data)
+        return pk__fail(context, PK_UNSUPPORTED,
+                        "%s: the run has recorded derivatives of a loss, at its own steps only, so that gradients of the "
+                        "loss at other weights are not known",
+                        row->name);
     if (!row->moves && rule->rule != PK_RULE_AUTO && rule->rule != PK_RULE_LEFT)
         return pk__fail(context, PK_ARGUMENT,
                         "%s takes its features at the weights themselves: no rule but left", row->name);

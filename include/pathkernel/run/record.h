@@ -50,8 +50,8 @@ typedef struct pk_recorder {
     /* private: */
     size_t keep_every, state_numbers; /* k; numbers of the optimizer's state, V P */
     size_t moments;                   /* the vector of the state that second_moments.npy has */
-    pk_array_writer files[10];
-    int present[10];
+    pk_array_writer files[12];
+    int present[12];
     double *group_rates; /* of the next step */
     size_t group_count;
     int float32, failed, lock;
@@ -475,6 +475,8 @@ static pk_status pk__recorder_folder(pk_context *context, pk__run_path *path, in
     return PK_OK;
 }
 
+_Static_assert(sizeof ((pk_recorder *)0)->present / sizeof(int) == PK__RUN_FILES, "one writer a file");
+
 static pk_type pk__recorder_type(const pk_recorder *recorder, int file)
 {
     return pk__run_files[file].type ? pk__run_files[file].type : recorder->float32 ? PK_FLOAT32 : PK_FLOAT64;
@@ -706,8 +708,7 @@ static pk_status pk__recorder_continue(pk_context *context, pk__run_path *path, 
     pk_run_release(context, &run); /* before files shrink */
     /* Files are truncated in the reverse order of writing, so that a kill in between leaves what a kill while recording does. */
     for (int f = PK__RUN_FILES - 1; f >= 0 && !status; f--) {
-        int per_item = f == PK__RUN_ITEMS || f == PK__RUN_ITEM_WEIGHTS;
-        size_t rows = per_item                ? (size_t)recorder->items
+        size_t rows = pk__run_files[f].per_item ? (size_t)recorder->items
                       : pk__run_files[f].kept ? recorder->steps / recorder->keep_every
                                               : recorder->steps;
         if (recording->present[f])
@@ -937,16 +938,17 @@ static pk_status pk__recorder_append(pk_context *context, pk_recorder *recorder,
             : pk__checksum(weights_after, recorder->parameters, keeps ? state : NULL, recorder->state_numbers);
     const void *rows[PK__RUN_FILES] = {
         &learning_rate,        &end,      batch->items, batch_weights, &gradient_scale,
-        recorder->group_rates, &checksum, NULL,         NULL,          NULL};
+        recorder->group_rates, &checksum, NULL,         NULL,          NULL,
+        NULL,                  NULL};
     for (int f = 0; f < PK__RUN_FILES && !status; f++) {
         if (!recorder->present[f] || (pk__run_files[f].kept && !keeps))
             continue;
-        int per_item = f == PK__RUN_ITEMS || f == PK__RUN_ITEM_WEIGHTS;
         const void *row = f == PK__RUN_WEIGHTS   ? pk__recorder_row(recorder, weights_after)
                           : f == PK__RUN_MOMENTS ? pk__recorder_row(recorder, second_moments)
                           : f == PK__RUN_STATES  ? pk__recorder_state(recorder, state)
                                                  : rows[f];
-        status = pk_array_append(context, &recorder->files[f], per_item ? batch->count : 1, row);
+        status = pk_array_append(context, &recorder->files[f],
+                                 pk__run_files[f].per_item ? batch->count : 1, row);
     }
     if (status) {
         recorder->failed = 1; /* the files have different lengths now: readers see the step before */

@@ -12,6 +12,10 @@
  *     train_inputs.npy     (N, D...) floats, integers or bools, the axes in the network's order (pk_array_check_rows)
  *     train_targets.npy    (N,) integer labels, (N, C) or (N,) numbers
  *     gradient_scales.npy  (S,)     float64, optional: what gradient clipping multiplied by; 1 without it
+ *     momenta.npy          (S,)     float64, optional, where a schedule moves it: the momentum, or beta1 of adam and adamw, of each
+ *                          step, of all groups alike
+ *     loss_gradients.npy   (T, C)   float32 or float64, with the loss `recorded`: dl/df of each item, whatever the loss was; the
+ *                          targets are for the reader alone then
  *     group_rates.npy      (S, G)   float64, optional: the rates of the groups, one column a `group` line
  *     second_moments.npy   (S, P)   float32 or float64, optional: what the optimiser divided by the root of: v of adam, adamw and
  *                          nadam after each step (the largest so far with amsgrad), the sum of adagrad, v of rmsprop
@@ -74,6 +78,8 @@ typedef struct pk_run {
     const double *gradient_scales; /* steps; NULL: 1 */
     const double *group_rates;     /* steps x groups.count; NULL: their factors times learning_rates */
     const int64_t *checksums;      /* steps + 1; NULL where k = 1 */
+    pk_array momenta;              /* (at least steps); data is NULL where absent */
+    pk_array loss_gradients;       /* (batch_offsets[steps], C) of the loss `recorded`; data is NULL where absent */
     pk_array columns[7];           /* private: the arrays behind the seven pointers above */
 } pk_run;
 
@@ -119,6 +125,10 @@ PK_API double pk_run_gradient_scale(const pk_run *run, size_t step);
 /* The rates of the groups at a step, one for each group; NULL if the groups have factors instead. */
 PK_API const double *pk_run_group_rates(const pk_run *run, size_t step);
 
+/* The array of the derivatives of the losses that were recorded, and the row of the step's first item; NULL where the loss of
+ * the run gives them. */
+PK_API const pk_array *pk_run_loss_gradients(const pk_run *run, size_t step, size_t *row);
+
 /* weights (P) := w_step, step in [0, run->steps] and a multiple of run->keep_every, converted exactly (float32
  * to double). Reads one row. PK_NOT_FINITE names the step and the parameter; PK_ARGUMENT for a step that is not
  * there. May be called from several threads with distinct contexts. weights is undefined after PK_NOT_FINITE. */
@@ -163,6 +173,8 @@ enum {
     PK__RUN_SCALES,
     PK__RUN_GROUP_RATES,
     PK__RUN_CHECKSUMS,
+    PK__RUN_LOSS_GRADIENTS,
+    PK__RUN_MOMENTA,
     PK__RUN_MOMENTS,
     PK__RUN_STATES,
     PK__RUN_WEIGHTS,
@@ -172,19 +184,26 @@ enum {
 typedef struct pk__run_file {
     const char *name;
     pk_type type; /* 0: float32 or float64 */
-    int rank;     /* 2: rows of P, or V P */
+    int rank;     /* 2: rows of P, or V P; of C or of the groups, where it is narrow */
     int optional;
     size_t before; /* rows that belong to no step: w_0, the first offset */
     int kept;      /* one row a kept step */
+    int per_item;  /* one row an item of a batch */
+    int narrow;    /* mapped as a whole */
 } pk__run_file;
 
 static const pk__run_file pk__run_files[PK__RUN_FILES] = {
     [PK__RUN_RATES] = {.name = "learning_rates.npy", .type = PK_FLOAT64, .rank = 1},
     [PK__RUN_OFFSETS] = {.name = "batch_offsets.npy", .type = PK_INT64, .rank = 1, .before = 1},
-    [PK__RUN_ITEMS] = {.name = "batch_items.npy", .type = PK_INT64, .rank = 1},
-    [PK__RUN_ITEM_WEIGHTS] = {.name = "batch_weights.npy", .type = PK_FLOAT64, .rank = 1, .optional = 1},
+    [PK__RUN_ITEMS] = {.name = "batch_items.npy", .type = PK_INT64, .rank = 1, .per_item = 1},
+    [PK__RUN_ITEM_WEIGHTS] =
+        {.name = "batch_weights.npy", .type = PK_FLOAT64, .rank = 1, .optional = 1, .per_item = 1},
     [PK__RUN_SCALES] = {.name = "gradient_scales.npy", .type = PK_FLOAT64, .rank = 1, .optional = 1},
-    [PK__RUN_GROUP_RATES] = {.name = "group_rates.npy", .type = PK_FLOAT64, .rank = 2, .optional = 1},
+    [PK__RUN_GROUP_RATES] =
+        {.name = "group_rates.npy", .type = PK_FLOAT64, .rank = 2, .optional = 1, .narrow = 1},
+    [PK__RUN_MOMENTA] = {.name = "momenta.npy", .type = PK_FLOAT64, .rank = 1, .optional = 1},
+    [PK__RUN_LOSS_GRADIENTS] =
+        {.name = "loss_gradients.npy", .rank = 2, .optional = 1, .per_item = 1, .narrow = 1},
     [PK__RUN_CHECKSUMS] = {.name = "checksums.npy", .type = PK_INT64, .rank = 1, .before = 1},
     [PK__RUN_MOMENTS] = {.name = "second_moments.npy", .rank = 2, .optional = 1},
     [PK__RUN_STATES] = {.name = "optimizer_states.npy", .type = PK_FLOAT64, .rank = 2, .before = 1, .kept = 1},
@@ -201,7 +220,7 @@ static int pk__run_has(int file, size_t keep_every, const pk_optimizer *optimize
         return keep_every > 1;
     if (file == PK__RUN_STATES)
         return keep_every > 1 && pk_parameter_groups_state_vectors(optimizer, groups) > 0;
-    if (file == PK__RUN_MOMENTS && keep_every > 1)
+    if ((file == PK__RUN_MOMENTS || file == PK__RUN_LOSS_GRADIENTS || file == PK__RUN_MOMENTA) && keep_every > 1)
         return 0;
     return pk__run_files[file].optional ? -1 : 1;
 }
@@ -561,7 +580,10 @@ static pk_array *pk__run_array(pk_run *run, int file)
     return file == PK__RUN_WEIGHTS   ? &run->weights
            : file == PK__RUN_MOMENTS ? &run->second_moments
            : file == PK__RUN_STATES  ? &run->optimizer_states
-                                     : &run->columns[file];
+           : file == PK__RUN_MOMENTA ? &run->momenta
+           : file == PK__RUN_LOSS_GRADIENTS
+               ? &run->loss_gradients
+               : &run->columns[file];
 }
 
 PK_API const pk_array *pk_run_array(const pk_run *run, size_t index, const char **name)
@@ -637,8 +659,11 @@ static pk_status pk__run_map(pk_context *context, pk__run_path *path, int file, 
         return pk__fail(context, PK_FORMAT, "%s: run.txt has no group line", path->text);
     if (!has) /* other programs may leave files of their own */
         return PK_OK;
-    const unsigned flags =
-        PK_ARRAY_PARTIAL | (expected->rank == 2 && file != PK__RUN_GROUP_RATES ? PK_ARRAY_KEEP_OPEN : 0);
+    if (file == PK__RUN_LOSS_GRADIENTS && run->loss != PK_RECORDED)
+        return pk__fail(context, PK_FORMAT, "%s: the loss in run.txt is %s, not recorded", path->text,
+                        pk_loss_name(run->loss));
+    const int wide = expected->rank == 2 && !expected->narrow;
+    const unsigned flags = PK_ARRAY_PARTIAL | (wide ? PK_ARRAY_KEEP_OPEN : 0);
     pk_status status = pk_array_map(context, path->text, flags, array);
     if (status)
         return status;
@@ -652,10 +677,12 @@ static pk_status pk__run_map(pk_context *context, pk__run_path *path, int file, 
     if (file == PK__RUN_GROUP_RATES && array->shape[1] != run->groups.count)
         return pk__fail(context, PK_SHAPE, "%s has %zu columns, run.txt has %zu group lines", path->text,
                         array->shape[1], run->groups.count);
+    if (file == PK__RUN_LOSS_GRADIENTS && array->shape[1] != run->outputs)
+        return pk__fail(context, PK_SHAPE, "%s has rows of %zu numbers, the network has %zu outputs", path->text,
+                        array->shape[1], run->outputs);
     size_t vectors =
         file == PK__RUN_STATES ? pk_parameter_groups_state_vectors(&run->optimizer, &run->groups) : 1;
-    if (expected->rank == 2 && file != PK__RUN_GROUP_RATES &&
-        (array->shape[1] / vectors != run->parameters || array->shape[1] % vectors))
+    if (wide && (array->shape[1] / vectors != run->parameters || array->shape[1] % vectors))
         return pk__fail(context, PK_SHAPE, "%s has rows of %zu numbers, the network has %zu parameters%s",
                         path->text, array->shape[1], run->parameters,
                         vectors > 1 ? " and the optimizer two vectors" : "");
@@ -776,9 +803,8 @@ static int pk__run_is_whole(const pk_run *run, size_t steps, int *file)
     for (int f = 0; f < PK__RUN_FILES; f++) {
         const pk_array *array = pk__run_array((pk_run *)run, f);
         const pk__run_file *kind = &pk__run_files[f];
-        const int per_item = f == PK__RUN_ITEMS || f == PK__RUN_ITEM_WEIGHTS;
-        const size_t least = (per_item ? items : kind->kept ? steps / run->keep_every : steps) + kind->before;
-        size_t most = per_item ? next_items + kind->before : kind->kept && !keeps ? least : least + 1;
+        const size_t least = (kind->per_item ? items : kind->kept ? steps / run->keep_every : steps) + kind->before;
+        size_t most = kind->per_item ? next_items + kind->before : kind->kept && !keeps ? least : least + 1;
         if (f == last) /* its whole row would make the step complete */
             most = least;
         *file = f;
@@ -793,17 +819,19 @@ static int pk__run_is_whole(const pk_run *run, size_t steps, int *file)
 static pk_status pk__run_count(pk_context *context, const char *directory, int recover, pk_run *run)
 {
     size_t rows[PK__RUN_FILES], steps = SIZE_MAX;
-    int least = 0, per_item[PK__RUN_FILES] = {0, 0, 1, 1, 0, 0, 0, 0, 0, 0};
+    int least = 0, shorter = PK__RUN_ITEMS;
     for (int f = 0; f < PK__RUN_FILES; f++) {
         const pk_array *array = pk__run_array(run, f);
         rows[f] = array->data ? array->shape[0] : SIZE_MAX;
         size_t reach = rows[f] - pk__run_files[f].before; /* the last step that this file allows */
         if (pk__run_files[f].kept)
             reach = rows[f] > SIZE_MAX / run->keep_every ? SIZE_MAX : rows[f] * run->keep_every - 1;
-        if (array->data && !per_item[f] && reach < steps)
+        if (array->data && !pk__run_files[f].per_item && reach < steps)
             steps = reach, least = f;
     }
-    int shorter = rows[PK__RUN_ITEM_WEIGHTS] < rows[PK__RUN_ITEMS] ? PK__RUN_ITEM_WEIGHTS : PK__RUN_ITEMS;
+    for (int f = 0; f < PK__RUN_FILES; f++)
+        if (pk__run_files[f].per_item && rows[f] < rows[shorter])
+            shorter = f;
     const int64_t *offsets = run->batch_offsets;
     if (offsets[0] != 0)
         return pk__fail(context, PK_FORMAT, "%s/batch_offsets.npy starts with %lld, not with 0", directory,
@@ -837,10 +865,25 @@ static pk_status pk__run_count(pk_context *context, const char *directory, int r
                             "%s/group_rates.npy holds %g at row %zu, column %zu; a rate is finite and >= 0",
                             directory, run->group_rates[i], i / run->groups.count, group);
     }
+    const double *momenta = run->optimizer.momenta;
+    for (size_t s = 0; momenta && s < steps; s++)
+        if (!(momenta[s] > 0 && momenta[s] < 1))
+            return pk__fail(context, PK_ARGUMENT, "%s/momenta.npy holds %g at row %zu; a momentum is in (0, 1)",
+                            directory, momenta[s], s);
+    pk_real derivatives[256];
+    for (size_t i = 0, count; run->loss_gradients.data && i < items * run->outputs; i += count) {
+        count = pk__min(items * run->outputs - i, sizeof derivatives / sizeof *derivatives);
+        pk_array_reals(&run->loss_gradients, i, count, derivatives);
+        for (size_t k = 0; k < count; k++)
+            if (!isfinite(derivatives[k]))
+                return pk__fail(context, PK_NOT_FINITE, "%s/loss_gradients.npy holds %g at row %zu, column %zu",
+                                directory, (double)derivatives[k], (i + k) / run->outputs,
+                                (i + k) % run->outputs);
+    }
     run->steps = steps;
     for (int f = 0; f < PK__RUN_FILES; f++) {
         const pk_array *array = pk__run_array(run, f);
-        size_t complete = per_item[f] ? items : pk__run_files[f].kept ? steps / run->keep_every : steps;
+        size_t complete = pk__run_files[f].per_item ? items : pk__run_files[f].kept ? steps / run->keep_every : steps;
         complete += pk__run_files[f].before;
         if (array->data && (rows[f] > complete || array->extra_bytes))
             run->cut_off = 1;
@@ -864,16 +907,22 @@ static pk_status pk__run_count(pk_context *context, const char *directory, int r
     return PK_OK;
 }
 
-/* Checks inputs and targets against network and loss, for readers and recorders. */
+/* Checks inputs and targets against network and loss, for readers and recorders. criterion NULL: of the targets, only their
+ * number. */
 PK__PRIVATE pk_status pk__run_check_data(pk_context *context, const pk_dataset *train, const pk_graph *graph,
                                          const pk_criterion *criterion)
 {
-    pk_status status = pk_dataset_check(context, train, graph->input_width, graph->output_width);
+    pk_status status = criterion ? pk__dataset_check_targets(context, train, graph->output_width) : PK_OK;
+    if (!status)
+        status = pk__dataset_check_inputs(context, train, graph->input_width);
     if (!status)
         status = pk_array_check_rows(context, &train->inputs, graph->input_shape.rank, graph->input_shape.dims,
                                      "inputs");
-    if (!status)
+    if (!status && criterion)
         status = pk_criterion_check(context, criterion, train, graph->output_width);
+    if (!status && pk_array_length(&train->targets) != pk_array_length(&train->inputs))
+        status = pk__fail(context, PK_SHAPE, "%zu rows of targets for %zu rows of inputs",
+                          pk_array_length(&train->targets), pk_array_length(&train->inputs));
     if (status || !graph->checked)
         return status;
     pk_real *row = NULL;
@@ -905,7 +954,8 @@ static pk_status pk__run_load(pk_context *context, pk__run_path *path, int recov
     }
     if (status)
         return status;
-    status = pk__run_check_data(context, &run->train, &run->graph, &run->criterion);
+    status = pk__run_check_data(context, &run->train, &run->graph,
+                                run->loss_gradients.data ? NULL : &run->criterion);
     if (status)
         return pk__prefix(context, status, "%s: train_inputs.npy, train_targets.npy: ", path->directory);
     if (run->second_moments.data && run->optimizer.kind != PK_SGD &&
@@ -920,8 +970,18 @@ static pk_status pk__run_load(pk_context *context, pk__run_path *path, int recov
     run->gradient_scales = (const double *)run->columns[PK__RUN_SCALES].data;
     run->checksums = (const int64_t *)run->columns[PK__RUN_CHECKSUMS].data;
     run->group_rates = (const double *)run->columns[PK__RUN_GROUP_RATES].data;
+    run->optimizer.momenta = (const double *)run->momenta.data;
+    if (run->momenta.data && !pk__optimizer_has_momentum(&run->optimizer))
+        return pk__fail(context, PK_FORMAT, "%s/momenta.npy: the optimizer in run.txt has no momentum that moves",
+                        path->directory);
     for (size_t g = 0; g < run->groups.count; g++) {
-        const pk_parameter_group *group = &run->groups.group[g];
+        pk_parameter_group *group = &run->groups.group[g];
+        group->optimizer.momenta = run->optimizer.momenta;
+        if (run->momenta.data && (group->optimizer.momentum != run->optimizer.momentum ||
+                                  group->optimizer.beta1 != run->optimizer.beta1))
+            return pk__fail(context, PK_FORMAT,
+                            "run.txt line %zu: a momentum of the group's own beside momenta.npy, which has that of all",
+                            group->line);
         if (run->group_rates ? group->rated : !group->keys && !group->frozen)
             return pk__fail(context, PK_FORMAT,
                             run->group_rates ? "run.txt line %zu: rate= beside group_rates.npy, which has the "
@@ -1040,6 +1100,12 @@ PK_API double pk_run_gradient_scale(const pk_run *run, size_t step)
 PK_API const double *pk_run_group_rates(const pk_run *run, size_t step)
 {
     return run->group_rates ? run->group_rates + step * run->groups.count : NULL;
+}
+
+PK_API const pk_array *pk_run_loss_gradients(const pk_run *run, size_t step, size_t *row)
+{
+    *row = (size_t)run->batch_offsets[step];
+    return run->loss_gradients.data ? &run->loss_gradients : NULL;
 }
 
 PK_API pk_status pk_run_weights(pk_context *context, const pk_run *run, size_t step, pk_real *weights)

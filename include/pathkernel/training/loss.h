@@ -17,6 +17,8 @@
  *     l1                      sum_j |f_j - y_j| / C                                   L1Loss
  *     kl_div                  sum_j y_j (log y_j - f_j)                               KLDivLoss, batchmean
  *     binary_cross_entropy    - sum_j (y_j log f_j + (1 - y_j) log(1 - f_j)) / C      BCELoss
+ *     recorded                sum_j y_j f_j: the target is the derivative dl/df of some loss, as a run
+ *                             records it for each item of its batches (run.h, loss_gradients.npy)
  *
  * A criterion is a loss with its options, PyTorch's by name:
  *
@@ -55,7 +57,8 @@ typedef enum pk_loss {
     PK_HINGE,
     PK_L1,
     PK_KL_DIV,
-    PK_BINARY_CROSS_ENTROPY
+    PK_BINARY_CROSS_ENTROPY,
+    PK_RECORDED
 } pk_loss;
 
 /* A loss with its options. Zeroed but for the loss = PyTorch's defaults. A loss reads its own options only. */
@@ -319,6 +322,19 @@ static double pk__kl_div(const pk_criterion *c, size_t outputs, const pk_real *f
             sum += mass * ((c->log_target ? (double)y[j] : log(mass)) - f[j]);
         if (gradient)
             gradient[j] = (pk_real)-mass;
+    }
+    return sum;
+}
+
+static double pk__recorded(const pk_criterion *c, size_t outputs, const pk_real *f, const pk_real *y,
+                           pk_real *gradient)
+{
+    double sum = 0;
+    (void)c;
+    for (size_t j = 0; j < outputs; j++) {
+        sum += (double)y[j] * f[j];
+        if (gradient)
+            gradient[j] = y[j];
     }
     return sum;
 }
@@ -617,6 +633,12 @@ static const pk__loss_rule pk__losses[] = {
      .degree = -1,
      .kinks = 1,
      .switches = pk__binary_cross_entropy_switches},
+    {.loss = PK_RECORDED,
+     .name = "recorded",
+     .evaluate = pk__recorded,
+     .curvature = pk__no_hessian,
+     .accept = pk__accept_any,
+     .degree = -1},
 };
 
 enum { PK__LOSSES = (int)(sizeof pk__losses / sizeof pk__losses[0]) };

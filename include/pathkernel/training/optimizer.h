@@ -34,6 +34,7 @@ typedef enum pk_optimizer_kind {
 typedef struct pk_optimizer {
     pk_optimizer_kind kind;
     double momentum, dampening; /* sgd; momentum: rmsprop as well */
+    const double *momenta; /* where a schedule moves it: the momentum, or beta1 of adam and adamw, of each step; not in the text */
     double weight_decay;        /* coupled L2, but decoupled for adamw and where decoupled_weight_decay is 1 */
     double beta1, beta2, epsilon; /* adam, adamw, nadam; epsilon: rmsprop and adagrad as well */
     int nesterov;                 /* sgd */
@@ -777,13 +778,30 @@ PK_API int pk_optimizer_stateless(const pk_optimizer *optimizer)
     return pk_optimizer_state_vectors(optimizer) == 0;
 }
 
+/* The optimizer with the momentum that it has at a step. */
+static pk_optimizer pk__optimizer_at(const pk_optimizer *optimizer, size_t step)
+{
+    pk_optimizer at = *optimizer;
+    if (optimizer->momenta)
+        at.momentum = at.beta1 = optimizer->momenta[step]; /* a rule reads one of them */
+    return at;
+}
+
 PK__PRIVATE void pk__optimizer_part(const pk_optimizer *optimizer, const pk__update *call)
 {
     const pk__optimizer_rule *rule = pk__optimizer_find(optimizer->kind);
+    const pk_optimizer at = pk__optimizer_at(optimizer, call->step);
     pk__update signed_call = *call;
     signed_call.scale = optimizer->maximize ? -call->scale : call->scale;
     if (rule)
-        rule->update(optimizer, &signed_call);
+        rule->update(&at, &signed_call);
+}
+
+/* Whether it has one number, the momentum or beta1, that a schedule can move from step to step. */
+PK__PRIVATE int pk__optimizer_has_momentum(const pk_optimizer *optimizer)
+{
+    return optimizer->kind == PK_ADAM || optimizer->kind == PK_ADAMW ||
+           ((optimizer->kind == PK_SGD || optimizer->kind == PK_RMSPROP) && optimizer->momentum != 0);
 }
 
 /* The number of the state vector that second_moments.npy has; SIZE_MAX: none. */
@@ -850,9 +868,10 @@ PK__PRIVATE void pk__optimizer_form(const pk_optimizer *optimizer, size_t step, 
                                     pk_real *preconditioner)
 {
     const pk__optimizer_rule *rule = pk__optimizer_find(optimizer->kind);
+    const pk_optimizer at = pk__optimizer_at(optimizer, step);
     memset(form, 0, sizeof *form);
     if (rule)
-        rule->linear_form(optimizer, step, rate, count, apart, state, form, preconditioner);
+        rule->linear_form(&at, step, rate, count, apart, state, form, preconditioner);
     if (!optimizer->maximize)
         return;
     form->negated = 1;
