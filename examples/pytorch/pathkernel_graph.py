@@ -2,7 +2,7 @@
 
     network = read_network(model, inputs)        # a batch of inputs, as the model takes it
     network.line          "input 8; dense 32; gelu; ..."
-    network.parameters    the model's parameters in the order in which they stand in w
+    network.parameters    the model's parameters in the order in which they stand in w, without those that are never used
     network.constants     {name: array} that the line names: masks, running statistics
 
 torch.fx traces the model once (make_fx over functional_call), so that only what is computed counts, not how it is written:
@@ -2047,7 +2047,8 @@ def watched(model):
         raise Unsupported("random numbers that Python or NumPy draws")
 
 
-def trace(model, inputs):
+def trace(model, inputs, frozen=False):
+    """frozen: parameters that are not trained have no gradient, so that what is cut off from them alone is no cut."""
     parameters, buffers, alias, flat, mode, held = {}, {}, {}, [], [None], {}
     # Of constants Python code may see numbers, and Gradients refuses the others.
     options = {"_error_on_data_dependent_ops": False}
@@ -2085,7 +2086,7 @@ def trace(model, inputs):
         mode[0] = Gradients()
         hooks = model.register_forward_pre_hook(before), model.register_forward_hook(after)
         buffers.update({name: buffer.clone() for name, buffer in model.named_buffers()})
-        leaves = {k: v.detach().requires_grad_() for k, v in parameters.items()}
+        leaves = {k: v.detach().requires_grad_(v.requires_grad or not frozen) for k, v in parameters.items()}
         try:
             # With gradients: without them PyTorch fuses whole layers into one operation of its own.
             with watched(model), mode[0], torch.enable_grad():
@@ -2158,8 +2159,8 @@ def living(graph):
     return live
 
 
-def read_once(model, inputs):
-    graph, parameters = trace(model, inputs)
+def read_once(model, inputs, frozen=False):
+    graph, parameters = trace(model, inputs, frozen)
     plain = set()
     while True:
         try:
@@ -2211,9 +2212,6 @@ def read_graph(graph, parameters, inputs, plain):
         if len(set(padding)) > 1 or reader.uses[name] != len(padding):
             raise Unsupported(f"{name}, a table with padding_idx that is used in another way, too")
     last, outputs = reader.shaped(last, (prod(last.row),)), last.row
-    if any(name not in reader.order for name in names):
-        missing = [name for name in names if name not in reader.order]
-        raise Unsupported(f"parameters that are never used: {', '.join(missing)}")
     line = reader.line(row, last.id)
     if len(line) > 65472 or line.count(";") >= 10000:
         raise Unsupported(
@@ -2302,7 +2300,12 @@ def read_twice(model, inputs, primes):
     networks = []
     for size, from_rows in zip(primes, (inputs, other_rows(inputs))):
         rows = from_rows[torch.arange(size) % len(from_rows)].clone()
-        networks.append(read_once(model, rows)[0])
+        try:
+            networks.append(read_once(model, rows)[0])
+        except Unsupported:
+            if all(p.requires_grad for p in model.parameters()):
+                raise
+            networks.append(read_once(model, rows, frozen=True)[0])
     one, two = (network.constants for network in networks)
     if networks[0].line != networks[1].line or any(not np.array_equal(one[name], two[name]) for name in one):
         raise Unsupported(
