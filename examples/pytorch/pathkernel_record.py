@@ -1,4 +1,5 @@
-"""Records a PyTorch training run for pathkernel-decompose. Copy this file; it needs torch >= 1.13 and NumPy.
+"""Records a PyTorch training run for pathkernel-decompose. Copy this file and pathkernel_graph.py; they need torch >= 1.13
+and NumPy.
 
     from pathkernel_record import Recorder
 
@@ -7,31 +8,25 @@
             indices = torch.randperm(len(x))[:64]
             opt.zero_grad()
             criterion(model(x[indices]), y[indices]).backward()
-            record.clip(1.0)     # only where gradients are clipped, in place of clip_grad_norm_
             opt.step()
             record(indices)      # rows of inputs and targets; a scheduler may step before or after
 
-The network, loss and optimizer lines of run.txt are derived from the module, the loss and torch.optim's
-object: the model runs on the first rows of inputs, and what its forward does is written down, whether it is a
-Sequential or hand-written with residuals, views and functions of torch.nn.functional. What the format cannot say
-is refused with a RecordError that names it, and nothing is left of it on the disk. Checks catch what else would only
-show later, as a large "unattributed" part:
+The network line of run.txt is read from the graph of operations that the model computes (pathkernel_graph.py), the loss
+line from the loss, the optimizer line and those of parameter groups from torch.optim's object. A loss that the format does
+not name is recorded by its derivatives: what autograd gives each output of each example (loss="recorded"). What cannot be
+recorded is refused with a RecordError that names it, and nothing is left of it on the disk. Checks catch what else would
+only show later, as a large "unattributed" part:
 
     at the start    the model's outputs are those of the derived network, at its own weights and at random ones, so
                     layout and order agree
-    at each step    the optimizer was given the gradient that autograd computed, times the recorded scale; a few weights
-                    of each tensor moved by the rule of the optimizer line; a few numbers of the batch's rows are as
-                    they were recorded
+    at each step    the optimizer was given the gradient that autograd computed, times one factor (clipping, a
+                    GradScaler), which is recorded; a few weights of each tensor moved by the rule of the optimizer
+                    line; a few numbers of the batch's rows are as they were recorded
     at some steps   (the first eight, then ever fewer, and wherever the line above does not hold) the gradient is that of
                     the declared loss on the declared rows
     at the end      no step is missing, the weights are those of the last step, and the first line holds again
 
 Rates, settings and gradients are taken when the optimizer steps; what changes afterwards does not matter.
-
-A module that cannot be followed may describe itself in the network language, by one method (see describe):
-
-    def pathkernel_line(self):
-        return f"residual( {describe(self.norm, self.inner)} )"
 
 With a DataLoader, wrap the dataset in Indexed: each batch then starts with the row numbers.
 
@@ -40,41 +35,32 @@ flight. Recorder(..., resume=True) goes on with such a run. One recorder at a ti
 """
 
 import contextlib
+import copy
 import fcntl
 import functools
+import inspect
 import itertools
 import math
 import os
 import re
 import stat
 import types
+import warnings
 import weakref
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
-__all__ = ["Recorder", "RecordError", "Indexed", "describe", "Abs", "Erf", "Residual", "SelfAttention"]
-__all__ += ["Position", "Token", "MeanTokens"]
+from pathkernel_graph import Unsupported, read_network
+
+__all__ = ["Recorder", "RecordError", "Indexed", "Residual", "SelfAttention", "Position", "Token", "MeanTokens"]
 
 
 class RecordError(ValueError):
     """The run, as it is, cannot be recorded; the message says why."""
-
-
-class Abs(nn.Module):
-    """|x|, which torch.nn does not have as a module."""
-
-    def forward(self, x):
-        return x.abs()
-
-
-class Erf(nn.Module):
-    """erf(x), which torch.nn does not have as a module."""
-
-    def forward(self, x):
-        return torch.erf(x)
 
 
 class Residual(nn.Module):
@@ -145,17 +131,11 @@ class Indexed(torch.utils.data.Dataset):
         return (index, *sample) if isinstance(sample, (tuple, list)) else (index, sample)
 
 
-# ---- modules in words of the network language
-
-
-_REASONS = {  # by the name of the class, so that old versions of torch need not have it
-    "RReLU": "it is random",
-    "Parametrized": "its weight comes from other parameters (weight_norm?), not the format's",
-}
 _COUPLES = (
     "it couples the examples of a batch, so contributions of single examples are not defined; freeze its "
     "statistics with .eval()"
 )
+_INSTANCE = nn.modules.instancenorm._InstanceNorm
 _RANDOM = "draws random numbers that the format does not keep; use p=0, or .eval() it"
 
 
@@ -163,765 +143,89 @@ def _number(value):
     return repr(float(value))
 
 
-def _pair(value):
-    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-
-
-def _words(word, *positional, **options):
-    """A layer's words; an option that is None is left out, one that is True is a flag."""
-    said = [word, *positional]
-    for name, value in options.items():
-        if value is not None and value is not False:
-            said.append(name if value is True else f"{name}={value}")
-    return " ".join(map(str, said))
-
-
-def _by(pair, default=None):
-    """Of images 3x3, of signals 3; None: all numbers are the default."""
-    return None if all(n == default for n in pair) else "x".join(map(str, pair))
-
-
-def _each(module, value):
-    """One number for each dimension of images (2) or signals (1)."""
-    count = 2 if type(module).__name__.endswith("2d") else 1
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,) * count
-
-
-# A rule turns a module into a list of layers: rule(module, x, options, no) with the module's input x, what else it
-# was called with, and no(reason), the error to raise. A list stands for a rule that returns it.
-
-
-def _leaky_relu(module, x, options, no):
-    if not module.negative_slope > 0:
-        raise no(f"negative_slope = {module.negative_slope}, the format needs a positive one")
-    return [_words("leaky_relu", _number(module.negative_slope))]
-
-
-def _softplus(module, x, options, no):
-    if module.threshold < 20:
-        raise no(f"threshold = {module.threshold} makes a jump that the format's softplus does not have")
-    return ["softplus" if module.beta == 1 else _words("softplus", _number(module.beta))]
-
-
-def _gelu(module, x, options, no):
-    return ["gelu" if module.approximate == "none" else _words("gelu", module.approximate)]
-
-
-def _elu(module, x, options, no):
-    if not module.alpha > 0:
-        raise no(f"alpha = {module.alpha}, the format needs a positive one")
-    return ["elu" if module.alpha == 1 else _words("elu", _number(module.alpha))]
-
-
-def _hard_sigmoid(module, x, options, no):
-    with torch.enable_grad():
-        at = torch.zeros(1, dtype=torch.float64, requires_grad=True)
-        (slope,) = torch.autograd.grad(nn.functional.hardsigmoid(at).sum(), at)
-    if x is not None and x.dtype == torch.float64 and abs(slope.item() * 6 - 1) > 1e-12:
-        raise no("this PyTorch has its slope, 1/6, in single precision only; train in float32, or with another layer")
-    return ["hard_sigmoid"]
-
-
-def _prelu(module, x, options, no):
-    if x is not None and x.ndim < 2:
-        raise no("the format needs examples with channels")
-    return ["prelu" if module.num_parameters == 1 else _words("prelu", module.num_parameters)]
-
-
-def _hard_tanh(module, x, options, no):
-    if (module.min_val, module.max_val) != (-1, 1):
-        raise no(f"from {module.min_val} to {module.max_val}; the format has -1 to 1 only")
-    return ["hard_tanh"]
-
-
-def _dropout(module, x, options, no):
-    if module.p != 0 and module.training:
-        raise no(f"dropout {_RANDOM}")
-    return []
-
-
-def _flatten(module, x, options, no):
-    if module.start_dim != 1 or module.end_dim not in (-1, None if x is None else x.ndim - 1):
-        raise no("the format can flatten whole examples only (start_dim=1, end_dim=-1)")
-    return ["flatten"]
-
-
-def _softmax(module, x, options, no):
-    if module.dim != -1 and (x is None or module.dim != x.ndim - 1):
-        raise no(f"dim = {module.dim}; the format has the last dimension only (dim=-1)")
-    return [{nn.Softmax: "softmax", nn.Softmin: "softmin"}.get(type(module), "log_softmax")]
-
-
-def _dense(module, x, options, no):
-    return [_words("dense", module.out_features, nobias=module.bias is None)]
-
-
-def _convolution(module, x, options, no):
-    if module.padding_mode != "zeros":
-        raise no(f"padding_mode = '{module.padding_mode}'; the format pads with zeros")
-    transposed = isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d))
-    if transposed and options.get("output_size") is not None:
-        raise no("called with output_size; say output_padding instead")
-    pad = 0 if module.padding == "valid" else module.padding
-    if pad == "same":
-        both = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size)]
-        if any(total % 2 for total in both):
-            raise no("padding='same' pads one side more than the other here, the format both alike")
-        pad = tuple(total // 2 for total in both)
-    return [
-        _words(
-            "conv_transpose" if transposed else "conv",
-            module.out_channels,
-            _by(module.kernel_size),
-            stride=_by(_each(module, module.stride), 1),
-            pad=_by(_each(module, pad), 0),
-            output_pad=_by(_each(module, module.output_padding), 0) if transposed else None,
-            dilation=_by(_each(module, module.dilation), 1),
-            groups=None if module.groups == 1 else module.groups,
-            nobias=module.bias is None,
-        )
-    ]
-
-
-def _pool(module, x, options, no):
-    largest, pad = isinstance(module, (nn.MaxPool1d, nn.MaxPool2d)), _each(module, module.padding)
-    if largest and (any(d != 1 for d in _each(module, module.dilation)) or module.return_indices):
-        raise no("dilation and return_indices are not in the format")
-    if getattr(module, "divisor_override", None):
-        raise no("divisor_override is not in the format")
-    kernel = _each(module, module.kernel_size)
-    stride = kernel if module.stride in (None, []) else _each(module, module.stride)
-    word = "max_pool" if largest else "avg_pool"
-    return [
-        _words(
-            word,
-            _by(kernel),
-            stride=None if stride == kernel else _by(stride),
-            pad=_by(pad, 0),
-            ceil_mode=module.ceil_mode,
-            count_include_pad=None if largest or module.count_include_pad else 0,
-        )
-    ]
-
-
-def _adaptive_pool(module, x, options, no):
-    largest = "Max" in type(module).__name__
-    sizes = _each(module, module.output_size)
-    if largest and module.return_indices:
-        raise no("return_indices is not in the format")
-    if not largest and all(n == 1 for n in sizes):
-        return ["global_avg_pool"]
-    if None in sizes:
-        if x is None:
-            raise no("an output_size of None is not in the format")
-        sizes = tuple(n or own for n, own in zip(sizes, x.shape[2:]))
-    return [_words(f"adaptive_{'max' if largest else 'avg'}_pool", _by(sizes))]
-
-
-def _upsample(module, x, options, no):
-    if module.mode not in ("nearest", "bilinear", "linear"):
-        raise no(f"mode = '{module.mode}'; the format has nearest, linear and bilinear")
-    factors = module.scale_factor
-    if factors is None and x is None:
-        raise no("the format has a scale_factor, and no size")
-    if factors is None:
-        count = x.ndim - 2
-        sizes = module.size if isinstance(module.size, (tuple, list)) else (module.size,) * count
-        factors = tuple(size / own for size, own in zip(sizes, x.shape[2:]))
-    factors = tuple(factors) if isinstance(factors, (tuple, list)) else (factors,)
-    if any(f < 1 or f != int(f) for f in factors):
-        raise no(f"a factor of {factors}; the format has whole numbers")
-    return [
-        _words(
-            "upsample",
-            _by([int(f) for f in factors]),
-            *([] if module.mode == "nearest" else [module.mode]),
-            align_corners=module.mode != "nearest" and bool(module.align_corners),
-        )
-    ]
-
-
-def _batch_norm(module, x, options, no):
-    if module.training or module.running_mean is None:
-        raise no(_COUPLES if module.training else "without running statistics " + _COUPLES)
-    statistics = torch.stack([module.running_mean, module.running_var])
-    name = _Trace.now.constant("norm", statistics) if _Trace.now else "norm"
-    return [_words("batch_norm", name, epsilon=_number(module.eps), noaffine=module.weight is None)]
-
-
-def _with_factors(module, plain):
-    """A norm of channels with its affine, whose summand may be missing."""
-    weight, bias = getattr(module, "weight", None) is not None, getattr(module, "bias", None) is not None
-    if weight and bias:
-        return [plain]
-    return [plain + " noaffine"] + ["affine nobias dims=0"] * weight
-
-
-def _group_norm(module, x, options, no):
-    return _with_factors(module, _words("group_norm", module.num_groups, epsilon=_number(module.eps)))
-
-
-def _instance_norm(module, x, options, no):
-    if module.training and module.track_running_stats:
-        raise no(
-            "its running statistics change while it trains, so in eval mode it would be another network than the "
-            "recorded one; use track_running_stats=False, or .eval() it"
-        )
-    if module.running_mean is not None:
-        return _batch_norm(module, x, options, no)
-    return _with_factors(module, _words("instance_norm", epsilon=_number(module.eps)))
-
-
-def _layer_norm(module, x, options, no):
-    bias, dims = getattr(module, "bias", None) is not None, len(module.normalized_shape)
-    root = type(module).__name__ == "RMSNorm"
-    eps, dims = module.eps, None if dims == 1 else dims
-    if root and eps is None:
-        eps = torch.finfo(module.weight.dtype if x is None else x.dtype).eps
-    alone = module.weight is not None and not bias and not root  # a factor without a summand
-    plain = _words("rms_norm" if root else "layer_norm", epsilon=_number(eps), dims=dims)
-    if alone or module.weight is None:
-        plain += " noaffine"
-    return [plain] + [_words("affine", "nobias", dims=dims or 1)] * alone
-
-
-def _embedding(module, x, options, no):
-    for setting in ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse"):
-        if getattr(module, setting) is not None and getattr(module, setting) is not False:
-            raise no(f"{setting} = {getattr(module, setting)} is not in the format")
-    return [_words("embedding", module.num_embeddings, module.embedding_dim)]
-
-
-def _is_causal(mask, x, no):
-    if mask is None:
-        return False
-    mask = mask.bool() if mask.dtype == torch.uint8 else mask
-    hidden = mask if mask.dtype == torch.bool else mask == -math.inf
-    later = torch.ones(hidden.shape[-2:], dtype=torch.bool, device=mask.device).triu(1)
-    if mask.ndim != 2 or not (mask.dtype == torch.bool or bool((mask[~hidden] == 0).all())):
-        raise no("its mask is neither none nor that of causal attention")
-    if not torch.equal(hidden, later) and bool(hidden.any()):
-        raise no("its mask is neither none nor that of causal attention")
-    return bool(hidden.any())
-
-
-def _attention(module, x, options, no):
-    options = {k: v for k, v in options.items() if k not in ("need_weights", "average_attn_weights")}
-    mask = options.pop("attn_mask", None)
-    causal = options.pop("is_causal", False)
-    if any(v is not None for v in options.values()) or (causal and mask is None):
-        raise no(f"called with {', '.join(options) or 'is_causal alone'}; the format has causal masks only")
-    if not module.batch_first:
-        raise no("the format has batch_first=True only")
-    if not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:
-        raise no("kdim, vdim, add_bias_kv and add_zero_attn are not in the format")
-    if module.dropout and module.training:
-        raise no(f"dropout {_RANDOM}")
-    return [
-        _words(
-            "attention",
-            module.num_heads,
-            causal=_is_causal(mask, x, no),
-            nobias=module.in_proj_bias is None,
-        )
-    ]
-
-
-def _encoder_layer(module, x, options, no):
-    """Of nn.TransformerEncoder: its parameters come in another order than its layers, see _parameters."""
-    if options.get("src_key_padding_mask") is not None:
-        raise no("src_key_padding_mask is not in the format")
-    for dropout in (module.dropout, module.dropout1, module.dropout2):
-        _dropout(dropout, x, {}, no)
-    kind = getattr(module.activation, "__name__", type(module.activation).__name__).lower()
-    if kind not in ("relu", "gelu"):
-        raise no(f"activation {kind} is not supported here")
-    attention = _attention(module.self_attn, x, {"attn_mask": options.get("src_mask")}, no)
-    first, second = (_layer_norm(norm, x, {}, no) for norm in (module.norm1, module.norm2))
-    dense = [*_dense(module.linear1, x, {}, no), kind, *_dense(module.linear2, x, {}, no)]
-    if module.norm_first:
-        return [_residual(first + attention), _residual(second + dense)]
-    return [_residual(attention), *first, _residual(dense), *second]
-
-
-def _parameters(module):
-    """A module's parameters in the order of the language."""
-    if hasattr(module, "pathkernel_parameters"):
-        return list(module.pathkernel_parameters())
-    if type(module) is nn.TransformerEncoderLayer:
-        order = ["norm1", "self_attn", "norm2", "linear1", "linear2"]
-        if not module.norm_first:
-            order = ["self_attn", "norm1", "linear1", "linear2", "norm2"]
-        return [p for name in order for p in getattr(module, name).parameters()]
-    return list(module.parameters())
-
-
-def _residual(body, shortcut=()):
-    if not body:
-        body, shortcut = shortcut, body
-    return f"residual( {'; '.join(body) or 'identity'}{' | ' if shortcut else ''}{'; '.join(shortcut)} )"
-
-
-_MODULES = {
-    nn.Identity: [],
-    nn.ReLU: ["relu"],
-    nn.Tanh: ["tanh"],
-    nn.Sigmoid: ["sigmoid"],
-    nn.SiLU: ["silu"],
-    Abs: ["abs"],
-    Erf: ["erf"],
-    nn.LeakyReLU: _leaky_relu,
-    nn.Softplus: _softplus,
-    nn.GELU: _gelu,
-    nn.Hardtanh: _hard_tanh,
-    nn.ELU: _elu,
-    nn.SELU: ["selu"],
-    nn.Mish: ["mish"],
-    nn.ReLU6: ["relu6"],
-    nn.Hardswish: ["hardswish"],
-    nn.Hardsigmoid: _hard_sigmoid,
-    nn.Softsign: ["softsign"],
-    nn.LogSigmoid: ["log_sigmoid"],
-    nn.PReLU: _prelu,
-    nn.Softmax: _softmax,
-    nn.Softmin: _softmax,
-    nn.LogSoftmax: _softmax,
-    nn.Dropout: _dropout,
-    nn.Dropout1d: _dropout,
-    nn.Dropout2d: _dropout,
-    nn.Dropout3d: _dropout,
-    nn.AlphaDropout: _dropout,
-    nn.FeatureAlphaDropout: _dropout,
-    nn.Flatten: _flatten,
-    nn.Linear: _dense,
-    nn.Conv1d: _convolution,
-    nn.Conv2d: _convolution,
-    nn.ConvTranspose1d: _convolution,
-    nn.ConvTranspose2d: _convolution,
-    nn.MaxPool1d: _pool,
-    nn.MaxPool2d: _pool,
-    nn.AvgPool1d: _pool,
-    nn.AvgPool2d: _pool,
-    nn.AdaptiveAvgPool1d: _adaptive_pool,
-    nn.AdaptiveAvgPool2d: _adaptive_pool,
-    nn.AdaptiveMaxPool1d: _adaptive_pool,
-    nn.AdaptiveMaxPool2d: _adaptive_pool,
-    nn.Upsample: _upsample,
-    nn.UpsamplingNearest2d: _upsample,
-    nn.UpsamplingBilinear2d: _upsample,
-    nn.GroupNorm: _group_norm,
-    nn.InstanceNorm1d: _instance_norm,
-    nn.InstanceNorm2d: _instance_norm,
-    nn.BatchNorm1d: _batch_norm,
-    nn.BatchNorm2d: _batch_norm,
-    nn.LayerNorm: _layer_norm,
-    nn.Embedding: _embedding,
-    nn.MultiheadAttention: _attention,
-    nn.TransformerEncoderLayer: _encoder_layer,
-}
-if hasattr(nn, "RMSNorm"):
-    _MODULES[nn.RMSNorm] = _layer_norm
-_OWN = {"weight", "bias", "in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"}
-
-
-def _layers(module, where, x=None, options=None):
-    """The layers of one module in words."""
-    kind = type(module)
-    no = lambda reason: RecordError(f"{where}: {reason}")
-    if hasattr(module, "pathkernel_line"):
-        return [module.pathkernel_line()]
-    if kind not in _MODULES:
-        reason = next((r for n, r in _REASONS.items() if kind.__name__.startswith(n)), None)
-        raise no(
-            reason
-            or "not supported (examples/pytorch/README.md lists what is); give it a method pathkernel_line that "
-            "says what it does in the network language, or pass network="
-        )
-    rule = _MODULES[kind]
-    layers = rule if isinstance(rule, list) else rule(module, x, options or {}, no)
-    if kind is not nn.TransformerEncoderLayer and not _OWN.issuperset(
-        n for n, _ in module.named_parameters()
-    ):
-        raise no("its weight comes from other parameters (weight_norm, pruning?), not the format's")
-    return layers
-
-
-def describe(*modules):
-    """Layers in the network language, for a module's own pathkernel_line: of modules of torch.nn, Sequentials, and
-    modules that have one themselves. A module's parameters are taken in the order in which it registered them; where
-    that is not their order in its line, it has a method pathkernel_parameters that returns them in that order.
-    """
-    said = []
-    for module in modules:
-        if type(module) is nn.Sequential:
-            said += [describe(*module)] if len(module) else []
-        else:
-            said += _layers(module, type(module).__name__)
-    return "; ".join(word for word in said if word)
-
-
-# ---- what a forward does
-
-
-_FUNCTIONS = {  # functions and methods that are modules: their other arguments are the module's
-    **{n: nn.ReLU for n in ("relu", "relu_")},
-    **{n: nn.Tanh for n in ("tanh", "tanh_")},
-    **{n: nn.Sigmoid for n in ("sigmoid", "sigmoid_")},
-    "silu": nn.SiLU,
-    "abs": Abs,
-    "erf": Erf,
-    "leaky_relu": nn.LeakyReLU,
-    "softplus": nn.Softplus,
-    "gelu": nn.GELU,
-    "hardtanh": nn.Hardtanh,
-    "softmax": nn.Softmax,
-    "log_softmax": nn.LogSoftmax,
-    "dropout": nn.Dropout,
-    "elu": nn.ELU,
-    "selu": nn.SELU,
-    "mish": nn.Mish,
-    "relu6": nn.ReLU6,
-    "hardswish": nn.Hardswish,
-    "hardsigmoid": nn.Hardsigmoid,
-    "softsign": nn.Softsign,
-    "log_sigmoid": nn.LogSigmoid,
-    "softmin": nn.Softmin,
-    **{f"{n}_pool{d}d": getattr(nn, f"{m}Pool{d}d") for n, m in (("max", "Max"), ("avg", "Avg")) for d in (1, 2)},
-    **{
-        f"adaptive_{n}_pool{d}d": getattr(nn, f"Adaptive{m}Pool{d}d")
-        for n, m in (("max", "Max"), ("avg", "Avg"))
-        for d in (1, 2)
-    },
-    "interpolate": lambda *size, antialias=False, **options: nn.Upsample(*size, **options),
-}
-_LOOKS = {"item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__", "equal"}
-_VIEWS = {"flatten", "view", "reshape", "squeeze", "unsqueeze", "view_as"}
-_SAME = {"contiguous", "clone", "to", "alias"}
-
-
 def _axes(shape):
     """The axes of an example that say anything: all but the first, and without the ones."""
     return [n for n in shape[1:] if n != 1]
 
 
-class _Value:
-    """A value of a forward: `layers` lead to it from the value `before`, through which all of its paths go."""
-
-    def __init__(self, trace, before, layers=(), parameters=(), refusal=None):
-        # refusal: (number, error) of the first value on the ways to here that the format does not have, or None
-        self.trace, self.before, self.refusal = trace, before, refusal
-        self.layers, self.parameters = list(layers), list(parameters)
-        self.number, trace.values = trace.values, trace.values + 1
-
-    def since(self, start):
-        """(layers, parameters) from start to here."""
-        if self.refusal:
-            raise self.refusal[1]
-        layers, parameters, value = [], [], self
-        while value is not start:
-            layers[:0], parameters[:0], value = value.layers, value.parameters, value.before
-        return layers, parameters
-
-
-def _first_refusal(traced):
-    """The earliest refusal of several traced tensors: what to name, since later ones may only follow from it."""
-    return min((t.value.refusal for t in traced if t.value.refusal), key=lambda r: r[0], default=None)
-
-
-def _common(a, b):
-    """The last value through which all paths to both go."""
-    while a is not b:
-        if a.number > b.number:
-            a = a.before
-        else:
-            b = b.before
-    return a
-
-
-class _Traced(torch.Tensor):
-    """A tensor that remembers, as its `value`, where it comes from."""
-
-    @classmethod
-    def __torch_function__(cls, function, types, arguments=(), options=None):
-        found = []
-        plain = _plain(arguments, found), _plain(options or {}, found)
-        out = function(*plain[0], **plain[1])
-        return found[0].value.trace.function(function.__name__, arguments, options or {}, plain, found, out)
-
-
-def _plain(given, found):
-    """given with ordinary tensors in place of traced ones, which are appended to found."""
-    if isinstance(given, _Traced):
-        found.append(given)
-        return given.as_subclass(torch.Tensor)
-    if isinstance(given, dict):
-        return {key: _plain(value, found) for key, value in given.items()}
-    if type(given) in (list, tuple):
-        return type(given)(_plain(value, found) for value in given)
-    return given
-
-
-class _Trace:
-    """The network line of a model: runs it on rows, and writes down the modules and functions on the way."""
-
-    now = None
-
-    def __init__(self, model, rows):
-        self.model, self.values, self.constants, self.used = model, 0, {}, set()
-        self.names = {id(m): name for name, m in model.named_modules()}
-        self.order = {id(p): i for i, p in enumerate(model.parameters())}
-        self.shape, self.input = tuple(rows.shape[1:]), _Value(self, None)
-        call = nn.Module.__call__
-        _Trace.now = self
-        # _call_impl: not what module.compile() has put in the place of the forward.
-        nn.Module.__call__ = lambda module, *arguments, **options: self.module(
-            nn.Module._call_impl, module, arguments, options
-        )
-        try:
-            with torch.no_grad():
-                out = model(self.wrap(rows, self.input))
-        except RecordError:
-            raise
-        except Exception as error:
-            raise RecordError(
-                f"the model cannot be followed on the first rows of inputs, {rows.dtype} {tuple(rows.shape)}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        finally:
-            nn.Module.__call__, _Trace.now = call, None
-        if not isinstance(out, _Traced):
-            if isinstance(out, (tuple, list, dict)) or hasattr(out, "__dataclass_fields__"):
-                raise RecordError(f"the model returns a {type(out).__name__}; return only the tensor of its outputs")
-            raise RecordError(f"the model returns a {type(out).__name__} that does not come from its input")
-        layers, self.parameters = out.value.since(self.input)
-        self.line = "; ".join(["input " + "x".join(map(str, self.shape or (1,))), *layers])
-        seen = set()
-        for p in self.parameters:
-            name = next((n for n, q in model.named_parameters() if q is p), "?")
-            if id(p) in seen:
-                raise RecordError(f"parameter '{name}' would be a weight in two layers of '{self.line}'")
-            seen.add(id(p))
-        for name, p in model.named_parameters():
-            if id(p) not in seen:
-                raise RecordError(f"parameter '{name}' is in no layer on the way from input to output")
-
-    def wrap(self, tensor, value):
-        traced = tensor.as_subclass(_Traced)
-        traced.value = value
-        return traced
-
-    def constant(self, stem, array):
-        name = f"{stem}{len(self.constants)}"
-        self.constants[name] = array.detach().cpu().numpy().copy()
-        return name
-
-    def module(self, call, module, arguments, options):
-        """Instead of module(*arguments, **options): one layer, if it is one, or what its forward does."""
-        found, kind = [], type(module)
-        plain, plain_options = _plain(arguments, found), _plain(options, found)
-        follow = kind in (nn.Sequential, nn.TransformerEncoder) or not kind.__module__.startswith("torch.nn.")
-        if not found or (follow and kind not in _MODULES and not hasattr(module, "pathkernel_line")):
-            return call(module, *arguments, **options)
-        name, before = self.names.get(id(module), ""), found[0].value
-        where = (
-            f"layer {self.values - 1} ('{name}', {kind.__name__})" if name else f"the model ({kind.__name__})"
-        )
-        values = {
-            nn.MultiheadAttention: ("query", "key", "value"),
-            nn.TransformerEncoderLayer: ("src", "src_mask"),
-        }
-        values = values.get(kind, ("input",))
-        rest = {**dict(zip(values, arguments)), **options}
-        rest = {k: v for k, v in rest.items() if k not in ("query", "key", "value", "src", "input")}
-        refusal, parameters = _first_refusal(found), _parameters(module)
-        try:
-            if any(t.value is not before for t in found) or (kind in _MODULES and len(arguments) > len(values)):
-                raise RecordError(
-                    f"{where}: called with more than one value; the format has one, and attention of tokens among "
-                    "themselves"
-                )
-            if parameters and id(module) in self.used:
-                raise RecordError(f"{where}: the same module twice; weights used twice cannot be recorded")
-            self.used.add(id(module))
-            layers = _layers(module, where, found[0], rest)
-            try:
-                out = call(module, *plain, **plain_options)
-            except (RuntimeError, ValueError, IndexError) as error:
-                raise RecordError(
-                    f"{where} does not take {found[0].dtype} {tuple(found[0].shape)}: {error}"
-                ) from error
-        except RecordError as error:
-            raise refusal[1] if refusal else error
-        value = _Value(self, before, layers, parameters, refusal)
-        return (self.wrap(out[0], value), *out[1:]) if isinstance(out, tuple) else self.wrap(out, value)
-
-    def function(self, name, arguments, options, plain, found, out):
-        """The result of a function of torch on traced values, with where it comes from."""
-        refusal = _first_refusal(found)
-        if name in _LOOKS:
-            reason = f"the forward of the model looks at its numbers ({name}), so it is not one network"
-            raise RecordError(f"{reason}; before that, {refusal[1]}" if refusal else reason)
-        if not isinstance(out, (torch.Tensor, tuple, list)) or isinstance(out, torch.Size):
-            return out
-        x, before, layers, parameters = found[0], found[0].value, [], []
-        where = f"layer {self.values - 1} (function {name})"
-        try:
-            if len(found) == 2 and name in ("add", "add_", "__add__", "__iadd__"):
-                if options.get("alpha", 1) != 1 or found[0].shape != found[1].shape:
-                    raise RecordError(f"{where}: the format adds values of the same shape only")
-                branches = [t.value for t in found]
-                start = _common(*branches)
-                branches = [branch.since(start) for branch in branches]
-                # The order of PyTorch's parameters, where it can be.
-                branches.sort(key=lambda b: min((self.order.get(id(p), 0) for p in b[1]), default=math.inf))
-                layers = [_residual(branches[0][0], branches[1][0])]
-                before, parameters = start, branches[0][1] + branches[1][1]
-            elif len(found) != 1:
-                raise RecordError(f"{where}: of several values the format has the sum only")
-            else:
-                rest = [v for v in arguments if v is not x]
-                layers, parameters = self.layer(name, where, x, rest, options, out)
-        except RecordError as error:  # a value that does not matter may be what it is
-            refusal = refusal or (self.values, error)
-        wrap = lambda t: self.wrap(t, _Value(self, before, layers, parameters, refusal))
-        return wrap(out) if isinstance(out, torch.Tensor) else type(out)(map(wrap, out))
-
-    def layer(self, name, where, x, rest, options, out):
-        """(layers, parameters) of a function of one traced value."""
-        number = rest[0] if len(rest) == 1 and not options and isinstance(rest[0], (int, float)) else None
-        if name in _FUNCTIONS:
-            options = {k: v for k, v in options.items() if k[0] != "_" and not (k == "dtype" and v is None)}
-            training = options.pop("training", True)
-            module = _FUNCTIONS[name](*rest, **options).train(training)
-            return _layers(module, where, x), []
-        if name in _SAME and out.dtype == x.dtype:
-            return [], []
-        if name in _VIEWS:
-            same = len(out) == len(x) and _axes(out.shape) == _axes(x.shape)
-            if self.values == 1 and len(out) == len(x) and (same or x.ndim == 2):  # rows of numbers become images
-                self.shape = tuple(out.shape[1:])
-                return [], []
-            if out.ndim == 2 and len(out) == len(x):
-                return ["flatten"], []
-            if same:
-                return [], []
-        if name == "mean":
-            dims = rest[0] if rest else options.get("dim")
-            dims = sorted(d % x.ndim for d in ([dims] if isinstance(dims, int) else dims or ()))
-            if x.ndim == 4 and dims == [2, 3]:
-                return ["global_avg_pool"], []
-            if x.ndim == 3 and dims == [1]:
-                return ["mean_tokens"], []
-        if name in ("__getitem__", "select") and x.ndim == 3 and not options:
-            key = list(rest[0]) if name == "__getitem__" and isinstance(rest[0], tuple) else rest
-            if name == "select":
-                key = [slice(None), rest[1]] if rest[0] == 1 else []
-            if len(key) > 1 and isinstance(key[1], int) and all(k == slice(None) for k in key[:1] + key[2:]):
-                return [f"token {key[1]}"], []
-        if name in ("mul", "mul_", "__mul__", "__rmul__") and number is not None:
-            return [f"scale {_number(number)}"], []
-        if name in ("div", "div_", "__truediv__") and number:
-            return [f"scale {_number(1 / number)}"], []
-        if name == "neg":
-            return ["scale -1"], []
-        if name in ("sin", "sin_"):
-            return ["sine"], []
-        if name in ("add", "add_", "__add__", "__radd__") and len(rest) == 1 and torch.is_tensor(rest[0]):
-            return self.summand(where, x, rest[0])
-        raise RecordError(
-            f"{where}: the format has no such layer here, from {tuple(x.shape)} to "
-            f"{tuple(getattr(out, 'shape', ()))}; give the module around it a method pathkernel_line, or pass network="
-        )
-
-    def summand(self, where, x, tensor):
-        """Tokens plus what does not depend on the input: a learned position, or fixed numbers."""
-        if x.ndim != 3 or tensor.numel() != x[0].numel():
-            raise RecordError(f"{where}: the format adds to tokens x width only, one number to each")
-        same = [p for p in self.model.parameters() if p.numel() == tensor.numel()]
-        same = [p for p in same if p.data_ptr() == tensor.data_ptr()] or [
-            p for p in same if torch.equal(p.reshape(-1), tensor.reshape(-1))
-        ]
-        if same:
-            return ["position"], same[:1]
-        name = self.constant("constant", tensor.reshape(x.shape[1:]))
-        return [_residual([f"constant {name}"])], []
-
-
 # ---- the network language
-
-
-def _take_affine(net, shape, bias=True):
-    return net.take(*shape), net.take(*shape) if bias else None
-
-
-def _w_dense(net, x, outputs, nobias=False, init=None, gain=None):
-    y = x @ net.take(outputs, x.shape[-1]).T
-    return y if nobias else y + net.take(outputs)
-
-
-def _w_conv(
-    net, x, channels, kernel, stride=1, pad=0, dilation=1, groups=1, nobias=False, init=None, gain=None
-):
-    weight = net.take(channels, x.shape[1] // groups, *_kernel(x, kernel))
-    bias = None if nobias else net.take(channels)
-    return _of(x, "conv")(x, weight, bias, stride, pad, dilation, groups)
 
 
 def _of(x, name):
     """The function for images or, of values of two dimensions, for signals."""
     if x.ndim not in (3, 4):
         raise ValueError("it takes images of channels x height x width, or signals of channels x length")
-    return getattr(nn.functional, f"{name}{x.ndim - 2}d")
+    return getattr(F, f"{name}{x.ndim - 2}d")
 
 
-def _kernel(x, kernel):
-    return _pair(kernel) if x.ndim == 4 else (kernel,)
+def _kernel(x, size):
+    """The sides of a kernel; of images one number is both."""
+    return size if isinstance(size, tuple) else (size,) * (x.ndim - 2)
 
 
-def _w_conv_transpose(
-    net, x, channels, kernel, stride=1, pad=0, output_pad=0, dilation=1, groups=1, nobias=False
-):
-    weight = net.take(x.shape[1], channels // groups, *_kernel(x, kernel))
-    bias = None if nobias else net.take(channels)
+def _w_dense(net, x, outputs, nobias=False):
+    y = x @ net.take("weight", outputs, x.shape[-1]).T
+    return y if nobias else y + net.take("bias", outputs)
+
+
+def _w_conv(net, x, channels, kernel, stride=1, pad=0, dilation=1, groups=1, nobias=False):
+    weight = net.take("weight", channels, x.shape[1] // groups, *_kernel(x, kernel))
+    bias = None if nobias else net.take("bias", channels)
+    return _of(x, "conv")(x, weight, bias, stride, pad, dilation, groups)
+
+
+def _w_conv_transpose(net, x, channels, kernel, stride=1, pad=0, output_pad=0, dilation=1, groups=1, nobias=False):
+    weight = net.take("weight", x.shape[1], channels // groups, *_kernel(x, kernel))
+    bias = None if nobias else net.take("bias", channels)
     return _of(x, "conv_transpose")(x, weight, bias, stride, pad, output_pad, groups, dilation)
 
 
-def _w_upsample(net, x, factor, mode="nearest", align_corners=False):
-    mode = "nearest" if mode == "nearest" else "linear" if x.ndim == 3 else "bilinear"
+def _w_upsample(net, x, factor, nearest=False, bilinear=False, linear=False, align_corners=False):
+    mode = ("linear" if x.ndim == 3 else "bilinear") if bilinear or linear else "nearest"
     corners = None if mode == "nearest" else align_corners
-    return nn.functional.interpolate(x, scale_factor=factor, mode=mode, align_corners=corners)
+    return F.interpolate(x, scale_factor=tuple(map(float, _kernel(x, factor))), mode=mode, align_corners=corners)
 
 
-def _w_group_norm(net, x, groups, epsilon=1e-5, noaffine=False):
-    affine = (None, None) if noaffine else _take_affine(net, (x.shape[1],))
-    return nn.functional.group_norm(x, groups, *affine, epsilon)
+def _w_normalize(net, x, epsilon=1e-5, dims=1, groups=0):
+    return F.group_norm(x, groups, eps=epsilon) if groups else F.layer_norm(x, x.shape[-dims:], eps=epsilon)
 
 
-def _w_prelu(net, x, slopes=1):
-    return nn.functional.prelu(x, net.take(slopes))
+def _w_rms_normalize(net, x, epsilon=2.220446049250313e-16, dims=1):
+    return x * ((x * x).mean(tuple(range(-dims, 0)), keepdim=True) + epsilon).rsqrt()
+
+
+def _w_affine(net, x, nobias=False, dims=1, scalar=False):
+    shape = (1,) if scalar else x.shape[-dims:] if dims else (x.shape[1],)
+    beside = shape if dims else (x.shape[1], *(1,) * (x.ndim - 2))
+    y = x * net.take("weight", *shape).reshape(beside)
+    return y if nobias else y + net.take("bias", *shape).reshape(beside)
 
 
 def _w_layer_norm(net, x, epsilon=1e-5, dims=1, noaffine=False):
-    shape = x.shape[-dims:]
-    affine = (None, None) if noaffine else _take_affine(net, shape)
-    return nn.functional.layer_norm(x, shape, *affine, epsilon)
+    y = _w_normalize(net, x, epsilon, dims)
+    return y if noaffine else _w_affine(net, y, dims=dims)
 
 
 def _w_rms_norm(net, x, epsilon=2.220446049250313e-16, dims=1, noaffine=False):
-    y = x * ((x * x).mean(tuple(range(-dims, 0)), keepdim=True) + epsilon).rsqrt()
-    return y if noaffine else y * net.take(*x.shape[-dims:])
+    y = _w_rms_normalize(net, x, epsilon, dims)
+    return y if noaffine else _w_affine(net, y, True, dims)
 
 
-def _w_affine(net, x, nobias=False, dims=1, scalar=False, factor=1.0):
-    shape = (1,) if scalar else x.shape[-dims:] if dims else (x.shape[1], *(1,) * (x.ndim - 2))
-    factor, summand = _take_affine(net, shape, not nobias)
-    return x * factor if nobias else x * factor + summand
+def _w_group_norm(net, x, groups, epsilon=1e-5, noaffine=False):
+    y = _w_normalize(net, x, epsilon, groups=groups)
+    return y if noaffine else _w_affine(net, y, dims=0)
 
 
 def _w_batch_norm(net, x, name, epsilon=1e-5, noaffine=False):
-    affine = (None, None) if noaffine else _take_affine(net, (x.shape[1],))
     mean, variance = net.constant(name)
-    return nn.functional.batch_norm(x, mean, variance, *affine, False, 0, epsilon)
+    y = F.batch_norm(x, mean, variance, eps=epsilon)
+    return y if noaffine else _w_affine(net, y, dims=0)
+
+
+def _w_embedding(net, x, tokens, width, padding=None, first=0, count=0, offset=0):
+    index = net.values["input"][:, first : first + count if count else None].long() + offset
+    y = F.embedding(index, net.take("weight", tokens, width))
+    return y if padding is None else y.masked_fill((index == padding)[..., None], 0)
 
 
 def _w_attention(net, x, heads, causal=False, shared=False, nobias=False):
@@ -941,80 +245,112 @@ def _w_propagate(net, x, name):
     return torch.zeros_like(x).index_add(1, row.long(), value[:, None] * x[:, column.long()])
 
 
-_WORDS = {  # of the language, on tensors; net gives weights and arrays
+def _w_pair(operation):
+    def apply(net, x, name):
+        y = net.values[name]
+        both = (v.reshape(len(v), *(1,) * (max(x.ndim, y.ndim) - v.ndim), *v.shape[1:]) for v in (x, y))
+        return operation(*both)
+
+    return apply
+
+
+def _w_gather(net, x, name):
+    places = net.constant(name).long()
+    x = torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], 1)  # the place -1 is the last
+    return x[:, places.flatten()].reshape(len(x), *places.shape)
+
+
+def _w_matmul(net, x, name, transpose=False):
+    y = net.values[name]
+    return x @ (y.transpose(-1, -2) if transpose else y)
+
+
+def _w_concat(net, x, axis, *names):
+    parts = [x, *(net.values[name] for name in names)]
+    most = max(map(len, parts))
+    return torch.cat([p.expand(most, *p.shape[1:]) for p in parts], axis + 1)
+
+
+_WORDS = {  # of the language, on tensors; net gives weights, named values and arrays
     "identity": lambda net, x: x,
-    "relu": lambda net, x: torch.relu(x),
-    "tanh": lambda net, x: torch.tanh(x),
-    "sigmoid": lambda net, x: torch.sigmoid(x),
     "softplus": lambda net, x, beta=1.0: torch.logaddexp(beta * x, torch.zeros_like(x)) / beta,
-    "leaky_relu": lambda net, x, slope=0.01: nn.functional.leaky_relu(x, slope),
-    "gelu": lambda net, x, tanh=False: nn.functional.gelu(x, approximate="tanh" if tanh else "none"),
-    "elu": lambda net, x, alpha=1.0: nn.functional.elu(x, alpha),
-    "selu": lambda net, x: nn.functional.selu(x),
-    "mish": lambda net, x: nn.functional.mish(x),
-    "relu6": lambda net, x: nn.functional.relu6(x),
-    "hardswish": lambda net, x: nn.functional.hardswish(x),
-    "hard_sigmoid": lambda net, x: nn.functional.relu6(x + 3) / 6,
-    "softsign": lambda net, x: nn.functional.softsign(x),
-    "log_sigmoid": lambda net, x: nn.functional.logsigmoid(x),
-    "softmin": lambda net, x: (-x).softmax(-1),
-    "prelu": _w_prelu,
-    "silu": lambda net, x: nn.functional.silu(x),
-    "erf": lambda net, x: torch.erf(x),
+    "leaky_relu": lambda net, x, slope=0.01: F.leaky_relu(x, slope),
+    "gelu": lambda net, x, tanh=False: F.gelu(x, approximate="tanh" if tanh else "none"),
+    "elu": lambda net, x, alpha=1.0: F.elu(x, alpha),
+    "hard_sigmoid": lambda net, x: F.relu6(x + 3) / 6,
+    "hard_tanh": lambda net, x: F.hardtanh(x),
+    "prelu": lambda net, x, slopes=1: F.prelu(x, net.take("weight", slopes)),
     "sine": lambda net, x, beta=1.0: torch.sin(beta * x),
-    "hard_tanh": lambda net, x: nn.functional.hardtanh(x),
-    "abs": lambda net, x: torch.abs(x),
     "scale": lambda net, x, factor: factor * x,
+    "power": lambda net, x, exponent: x**exponent,
     "softmax": lambda net, x: x.softmax(-1),
     "log_softmax": lambda net, x: x.log_softmax(-1),
+    "softmin": lambda net, x: (-x).softmax(-1),
     "dense": _w_dense,
     "conv": _w_conv,
     "conv_transpose": _w_conv_transpose,
     "max_pool": lambda net, x, kernel, stride=None, pad=0, ceil_mode=False: _of(x, "max_pool")(
         x, kernel, stride, pad, ceil_mode=ceil_mode
     ),
-    "avg_pool": lambda net, x, kernel, stride=None, pad=0, ceil_mode=False, count_include_pad=1: _of(
-        x, "avg_pool"
-    )(x, kernel, stride, pad, ceil_mode, bool(count_include_pad)),
+    "avg_pool": lambda net, x, kernel, stride=None, pad=0, ceil_mode=False, count_include_pad=1: _of(x, "avg_pool")(
+        x, kernel, stride, pad, ceil_mode, bool(count_include_pad)
+    ),
     "adaptive_max_pool": lambda net, x, sizes: _of(x, "adaptive_max_pool")(x, sizes),
     "adaptive_avg_pool": lambda net, x, sizes: _of(x, "adaptive_avg_pool")(x, sizes),
     "global_avg_pool": lambda net, x: x.flatten(2).mean(2),
     "upsample": _w_upsample,
+    "normalize": _w_normalize,
+    "rms_normalize": _w_rms_normalize,
     "group_norm": _w_group_norm,
-    "instance_norm": lambda net, x, **options: _w_group_norm(net, x, x.shape[1], **options),
-    "flatten": lambda net, x: x.flatten(1),
+    "instance_norm": lambda net, x, epsilon=1e-5, noaffine=False: _w_group_norm(net, x, x.shape[1], epsilon, noaffine),
     "layer_norm": _w_layer_norm,
     "rms_norm": _w_rms_norm,
     "affine": _w_affine,
     "batch_norm": _w_batch_norm,
-    "embedding": lambda net, x, tokens, width: net.take(tokens, width)[x.long()],
-    "position": lambda net, x: x + net.take(*x.shape[1:]),
+    "flatten": lambda net, x: x.flatten(1),
+    "embedding": _w_embedding,
+    "position": lambda net, x: x + net.take("weight", *x.shape[1:]),
     "attention": _w_attention,
     "token": lambda net, x, index: x[:, index],
     "mean_tokens": lambda net, x: x.mean(1),
-    "select": lambda net, x: x[torch.arange(len(x), device=x.device), net.data.reshape(-1).long()],
-    "constant": lambda net, x, name: net.constant(name).expand(len(x), -1, -1),
+    "select": lambda net, x: x[torch.arange(len(x), device=x.device), net.values["input"].reshape(-1).long()],
+    "constant": lambda net, x, name: net.constant(name)[None],
     "propagate": _w_propagate,
+    "parameter": lambda net, x, shape: net.take("weight", *(shape if isinstance(shape, tuple) else (shape,)))[None],
+    "add": _w_pair(torch.add),
+    "subtract": _w_pair(torch.sub),
+    "multiply": _w_pair(torch.mul),
+    "divide": _w_pair(torch.div),
+    "gather": _w_gather,
+    "above": lambda net, x, threshold=0: (x > threshold).to(x),
+    "matmul": _w_matmul,
+    "concat": _w_concat,
+    "slice": lambda net, x, axis, first, count: x.narrow(axis + 1, first, count),
+    "permute": lambda net, x, *axes: x.permute(0, *(axis + 1 for axis in axes)),
+    "reshape": lambda net, x, shape: x.reshape(len(x), *(shape if isinstance(shape, tuple) else (shape,))),
+    "sum": lambda net, x, axis: x.sum(axis + 1),
+    "mean": lambda net, x, axis: x.mean(axis + 1),
+    "max": lambda net, x, axis: x.max(axis + 1)[0],
+    "min": lambda net, x, axis: x.min(axis + 1)[0],
 }
-_FLAGS = {"nobias", "noaffine", "causal", "shared", "ceil_mode", "align_corners", "scalar"}
-_RANKS = {  # of the values that words take, where it matters
-    **{word: 2 for word in ("position", "attention", "token", "mean_tokens", "select", "propagate")},
-    "embedding": 1,
-}
+for _word in ("relu", "tanh", "sigmoid", "erf", "abs", "exp", "log"):
+    _WORDS[_word] = lambda net, x, function=getattr(torch, _word): function(x)
+for _word, _name in (("log_sigmoid", "logsigmoid"), *((w, w) for w in "silu selu mish relu6 hardswish softsign".split())):
+    _WORDS[_word] = lambda net, x, function=getattr(F, _name): function(x)
 
 
 def _option(text):
-    """A number, a pair such as 3x3, or a name."""
+    """A number, several such as 3x3, or a name."""
     for kind in (int, float):
         try:
             return kind(text)
         except ValueError:
             pass
-    return tuple(map(int, text.split("x"))) if re.fullmatch(r"\d+x\d+", text) else text
+    return tuple(map(int, text.split("x"))) if re.fullmatch(r"\d+(x\d+)+", text) else text
 
 
-class _Network:
-    """A network line as a function of torch, written apart from the modules: what the recorder compares with."""
+class _Line:
+    """A network line as a function of torch, written apart from what reads models: what the recorder compares with."""
 
     def __init__(self, line, constants):
         self.line, self.constants = line, constants
@@ -1028,13 +364,14 @@ class _Network:
             self.layers = self._parse()
         if self.parts:
             raise RecordError(f"network: '{' '.join(self.parts[:4])}' is out of place in '{line}'")
-        self.sizes = []  # of the pieces that the layers take of the weights
+        # Of the pieces that the layers take of the weights: how large they are, which one each time, what has a name.
+        self.sizes, self.taken, self.named = [], [], {}
         with torch.no_grad():
             self.outputs = self(None, torch.zeros(1, *self.shape, dtype=torch.float64)).shape[1:]
         self.count = sum(self.sizes)
 
     def _parse(self):
-        """[(word, positional, options)] up to what ends a branch; a residual has two such lists."""
+        """[(text, word, positional, options)] up to what ends a branch; a residual has two such lists."""
         layers = []
         while True:
             words = []
@@ -1049,18 +386,15 @@ class _Network:
                 if self.parts[:1] != [")"]:
                     raise RecordError(f"network: the ')' of a residual is missing in '{self.line}'")
                 self.parts.pop(0)
-                layers.append(("residual", branches, {}))
-            elif words and words[0] in _WORDS:
-                values = [
-                    w
-                    for w in words[1:]
-                    if "=" not in w and w not in _FLAGS and not (w == "tanh" and words[0] == "gelu")
-                ]
-                options = dict(
-                    w.split("=", 1) if "=" in w else (w, True) for w in words[1:] if w not in values
-                )
-                options = {k: v if v is True else _option(v) for k, v in options.items()}
-                layers.append((" ".join(words), [_option(v) for v in values], options))
+                layers.append(("residual", "residual", branches, {}))
+            elif words and (words[0] in _WORDS or words[0] in ("as", "from")):
+                word, *rest = words
+                flags = inspect.signature(_WORDS[word]).parameters if word in _WORDS else {}
+                flags = {w for w in rest if w == "transposed" or (w in flags and flags[w].default is False)}
+                values = [_option(w) if w[0] in "-.0123456789" else w for w in rest if "=" not in w and w not in flags]
+                options = {**dict(w.split("=", 1) for w in rest if "=" in w), **dict.fromkeys(flags, True)}
+                options = {k: v if v is True or k in ("name", "tied") else _option(v) for k, v in options.items()}
+                layers.append((" ".join(words), word, values, options))
             else:
                 raise RecordError(f"network: '{' '.join(words)}' is not a layer that the recorder knows")
             if self.parts[:1] != [";"]:
@@ -1068,46 +402,55 @@ class _Network:
             self.parts.pop(0)
 
     def __call__(self, weights, x):
-        """The outputs, with all weights in one vector: layers in order, branches in order. None: zeros."""
+        """The outputs, with all weights in one vector. None: zeros, and the pieces are counted."""
         # In one split: the gradient of a slice is as large as the whole vector.
-        self.pieces = None if weights is None else iter(weights.split(self.sizes))
-        self.data = x.reshape(len(x), *self.shape)
-        return self._run(self.layers, self.data)
+        self.pieces = None if weights is None else weights.split(self.sizes)
+        self.next, self.values = iter(self.taken), {"input": x.reshape(len(x), *self.shape)}
+        y = self._run(self.layers, self.values["input"])
+        return y.expand(len(x), *y.shape[1:])
 
     def _run(self, layers, x):
-        for text, values, options in layers:
-            word = text.split()[0]
+        for text, word, values, options in layers:
             try:
-                if x.ndim != 1 + _RANKS.get(word, x.ndim - 1):
-                    raise ValueError(f"it takes values in {_RANKS[word]} dimensions")
                 if word == "residual":
-                    branches = [self._run(branch, x) for branch in values]
-                    branches.append(x)
+                    branches = [self._run(branch, x) for branch in values] + [x]
                     if branches[0].shape != branches[1].shape:
-                        raise ValueError(
-                            f"its branches are {', '.join(str(tuple(b.shape[1:])) for b in branches)}"
-                        )
+                        raise ValueError(f"its branches are {', '.join(str(tuple(b.shape[1:])) for b in branches)}")
                     x = branches[0] + branches[1]
+                elif word == "as":
+                    self.values[values[0]] = x
+                elif word == "from":
+                    x = self.values[values[0]]
                 else:
-                    x = _WORDS[word](self, x, *values, **options)
-            except (RuntimeError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+                    self.tie = {k: options.get(k) for k in ("name", "tied", "transposed")}
+                    x = _WORDS[word](self, x, *values, **{k: v for k, v in options.items() if k not in self.tie})
+            except (RuntimeError, TypeError, ValueError, IndexError, KeyError, ZeroDivisionError) as error:
                 if isinstance(error, RecordError):
                     raise
-                raise RecordError(
-                    f"network: '{text}' does not fit values of {tuple(x.shape[1:])}: {error}"
-                ) from None
+                raise RecordError(f"network: '{text}' does not fit values of {tuple(x.shape[1:])}: {error}") from None
         return x
 
-    def take(self, *shape):
-        if self.pieces is None:
+    def take(self, tensor, *shape):
+        """The next piece of the weights, or an earlier one that the layer shares."""
+        if self.pieces is not None:
+            piece, back = next(self.next)
+            value = self.pieces[piece]
+            return value.reshape(shape[::-1]).T if back else value.reshape(shape)
+        name, _, only = (self.tie["tied"] or "").partition(".")
+        piece = self.named.get((name, tensor)) if only in ("", tensor) else None
+        back = piece is not None and bool(self.tie["transposed"]) and tensor == "weight"
+        if piece is None:
+            piece = len(self.sizes)
             self.sizes.append(math.prod(shape))
-            return torch.zeros(shape, dtype=torch.float64)
-        return next(self.pieces).reshape(shape)
+        self.taken.append((piece, back))
+        if self.tie["name"]:
+            self.named.setdefault((self.tie["name"], tensor), piece)
+        return torch.zeros(shape, dtype=torch.float64)
 
     def constant(self, name):
         if name not in self.constants:
             raise RecordError(f"network: the array '{name}' is missing: constants={{'{name}': ...}}")
-        return torch.as_tensor(np.asarray(self.constants[name], np.float64)).to(self.data)
+        return torch.as_tensor(np.asarray(self.constants[name], np.float64)).to(self.values["input"])
 
 
 # ---- the loss line
@@ -1115,7 +458,7 @@ class _Network:
 
 def _one_hot(y, f):
     if y.dtype == torch.int64 and f.shape[1] > 1:  # classes; with one output, numbers
-        return nn.functional.one_hot(y, f.shape[1]).to(f)
+        return F.one_hot(y, f.shape[1]).to(f)
     return y.to(f).reshape(f.shape)
 
 
@@ -1128,17 +471,17 @@ def _hinge(f, y):
 
 def _huber(f, y, delta=None, beta=None):
     if delta is not None:
-        return nn.functional.huber_loss(f, y, reduction="none", delta=float(delta)).mean(1)
-    return nn.functional.smooth_l1_loss(f, y, reduction="none", beta=float(beta or 1)).mean(1)
+        return F.huber_loss(f, y, reduction="none", delta=float(delta)).mean(1)
+    return F.smooth_l1_loss(f, y, reduction="none", beta=float(beta or 1)).mean(1)
 
 
 def _logistic(f, y, pos_weight=None):
     weight = None if pos_weight is None else torch.as_tensor(np.array(pos_weight.split(","), np.float64)).to(f)
-    return nn.functional.binary_cross_entropy_with_logits(f, y, reduction="none", pos_weight=weight).mean(1)
+    return F.binary_cross_entropy_with_logits(f, y, reduction="none", pos_weight=weight).mean(1)
 
 
 def _kl_div(f, y, log_target=0):
-    return nn.functional.kl_div(f, y, reduction="none", log_target=bool(int(log_target))).sum(1)
+    return F.kl_div(f, y, reduction="none", log_target=bool(int(log_target))).sum(1)
 
 
 _LOSSES = {  # per example, of outputs and target vectors, with the options of the line
@@ -1151,7 +494,7 @@ _LOSSES = {  # per example, of outputs and target vectors, with the options of t
     "hinge": _hinge,
     "l1": lambda f, y: (f - y).abs().mean(1),
     "kl_div": _kl_div,
-    "binary_cross_entropy": lambda f, y: nn.functional.binary_cross_entropy(f, y, reduction="none").mean(1),
+    "binary_cross_entropy": lambda f, y: F.binary_cross_entropy(f, y, reduction="none").mean(1),
 }
 _LOSS_MODULES = {
     nn.CrossEntropyLoss: "softmax_cross_entropy",
@@ -1173,6 +516,18 @@ _LOSS_OPTIONS = {  # those that the format has; others have to be as they are he
     "kl_div": ("log_target",),
 }
 _LOSS_SETTINGS = {"weight": None, "p": 1, "margin": 1.0}
+_LOSS_FUNCTIONS = {  # modules of torch.nn whose function this is
+    F.cross_entropy: nn.CrossEntropyLoss,
+    F.mse_loss: nn.MSELoss,
+    F.nll_loss: nn.NLLLoss,
+    F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
+    F.smooth_l1_loss: nn.SmoothL1Loss,
+    F.huber_loss: nn.HuberLoss,
+    F.multi_margin_loss: nn.MultiMarginLoss,
+    F.l1_loss: nn.L1Loss,
+    F.kl_div: nn.KLDivLoss,
+    F.binary_cross_entropy: nn.BCELoss,
+}
 
 
 def _loss_option(name, value):
@@ -1184,9 +539,28 @@ def _loss_option(name, value):
     return f"{name}={value}"
 
 
+def _loss_module(loss):
+    """The module of torch.nn that a function of torch.nn.functional is, with the settings of a functools.partial of it."""
+    function, settings = (loss.func, loss.keywords) if isinstance(loss, functools.partial) and not loss.args else (loss, {})
+    try:
+        kind = _LOSS_FUNCTIONS.get(function)
+    except TypeError:  # not hashable
+        kind = None
+    return loss if kind is None else kind(**settings)
+
+
+def _is_named_loss(loss):
+    """Whether a line of the format can say what the loss is; else its derivatives are recorded."""
+    return isinstance(loss, str) and loss.split()[:1] != ["recorded"] or type(loss) in _LOSS_MODULES
+
+
 def loss_line(loss, targets=None):
     """The format's line for a loss: such a line itself, or a module of torch.nn. Where targets are given, ignore_index is
     stated if they have it."""
+    if not _is_named_loss(loss):
+        if not (callable(loss) or loss == "recorded"):
+            raise RecordError(f"loss {loss!r} is no line of the format, no module and no function")
+        return "recorded"
     if isinstance(loss, str):
         word, *options = loss.split() or [loss]
         if word not in _LOSSES:
@@ -1196,19 +570,14 @@ def loss_line(loss, targets=None):
                 known = ", ".join(_LOSS_OPTIONS.get(word, ())) or "none"
                 raise RecordError(f"loss {word}: '{option}' is not one of its options ({known})")
         return " ".join([word, *options])
-    word, kind = _LOSS_MODULES.get(type(loss)), type(loss).__name__
-    if word is None:
-        raise RecordError(f"loss {kind} is not supported; the format has {', '.join(_LOSSES)}")
+    word = _LOSS_MODULES[type(loss)]
     has = _LOSS_OPTIONS.get(word, ())
     for setting, only in _LOSS_SETTINGS.items():
         value = getattr(loss, setting, only)
         if setting not in has and not (value is None if only is None else value == only):
-            raise RecordError(f"loss {kind}: {setting} = {value}: the format has {only} only")
+            return "recorded"  # the format has no such setting
     if loss.reduction not in ("mean", "sum", "batchmean"):
-        raise RecordError(
-            f"loss {kind}: reduction='{loss.reduction}'; name the loss '{word}' instead of passing its module, and "
-            "give each example's weight: record(indices, weights=...)"
-        )
+        return "recorded"
     options = []
     for name in has:
         value = getattr(loss, name, None)
@@ -1328,49 +697,61 @@ def _group_line(kind, group):
     return " ".join([name, *words])
 
 
-def _one_of(what, values):
-    values = list(values)
-    if any(v != values[0] for v in values):
-        different = " | ".join(map(str, values))
-        raise RecordError(
-            f"optimizer: its parameter groups differ in their {what}: {different}; the format has one for all, "
-            "so give all groups the same"
-        )
-    return values[0]
-
-
-def optimizer_line(optimizer):
-    """The optimizer line of an optimizer of torch.optim whose groups have the same rates and settings."""
+def _check_optimizer(optimizer):
     kind, o = type(optimizer), torch.optim
     if kind not in (o.SGD, o.Adam, o.AdamW, o.RMSprop, o.Adagrad, o.NAdam):
         raise RecordError(
             f"optimizer {kind.__name__} is not supported; SGD, Adam, AdamW, RMSprop, Adagrad and NAdam of torch.optim are"
         )
-    _one_of("learning rates", [float(group["lr"]) for group in optimizer.param_groups])
-    return _one_of("settings", [_group_line(kind, group) for group in optimizer.param_groups])
 
 
-def _check_parameters(model, optimizer):
-    """Every parameter of the model is trained by the optimizer, and nothing else is. Their order there is free:
-    the rules work on each number by itself."""
-    names = {id(p): n for n, p in model.named_parameters()}
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
+class _Group:
+    """Parameters of one group of the optimizer, by their numbers in w; number None: those that nobody trains."""
+
+    def __init__(self, number, members, line="", base=""):
+        self.number, self.members, self.line = number, members, line
+        own, other = (dict(word.split("=") for word in text.split()[1:]) for text in (line, base or line))
+        keys = [k for k in (*own, *(k for k in other if k not in own))]
+        words = [f"{k}={own.get(k, '0')}" for k in keys if float(own.get(k, 0)) != float(other.get(k, 0))]
+        self.words = ["frozen"] if number is None else words
+        if line.split()[:1] != (base or line).split()[:1]:
             raise RecordError(
-                f"parameter '{name}' is frozen (requires_grad=False); the format trains all parameters"
+                f"optimizer: its parameter groups have the rules '{line}' and '{base}', the format has one for the run "
+                "(decoupled_weight_decay?)"
             )
-        if not any(p is t for t in trained):
-            raise RecordError(f"parameter '{name}' is not in the optimizer; the format trains all parameters")
-    if any(id(p) not in names for p in trained):
+
+    def text(self):
+        spans = []  # 1,3,5-7
+        for n in self.members:
+            if spans and spans[-1][1] == n - 1:
+                spans[-1][1] = n
+            else:
+                spans.append([n, n])
+        return " ".join([",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans), *self.words])
+
+
+def _groups(model, parameters, optimizer):
+    """The groups of the parameters in w: first that of the optimizer line, then those of group lines."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    number = {id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    if any(id(p) not in names for group in optimizer.param_groups for p in group["params"]):
         raise RecordError("the optimizer trains parameters that are not the model's")
-    types = {p.dtype for p in trained}
-    if types not in ({torch.float32}, {torch.float64}):
-        named = ", ".join(sorted(map(str, types)))
-        raise RecordError(
-            f"parameters of type {named}; the format has float32 or float64: train in one of them, without "
-            "model.bfloat16(), model.half() or autocast"
-        )
+    for p in parameters:
+        if p.dtype not in (torch.float32, torch.float64) or p.dtype != parameters[0].dtype:
+            raise RecordError(
+                f"parameter '{names[id(p)]}' is {p.dtype}; the format has float32 or float64, one for all: train in one of "
+                "them, without model.bfloat16(), model.half() or autocast"
+            )
+    owner = [number.get(id(p)) if p.requires_grad else None for p in parameters]
+    groups, base = [], ""
+    for g in sorted({n for n in owner if n is not None}):
+        line = _group_line(type(optimizer), optimizer.param_groups[g])
+        groups.append(_Group(g, [i for i, n in enumerate(owner) if n == g], line, base))
+        base = base or line
+    if not groups:
+        raise RecordError("no parameter that the outputs depend on is trained by the optimizer")
+    frozen = [i for i, n in enumerate(owner) if n is None]
+    return groups + [_Group(None, frozen)] * bool(frozen)
 
 
 def _check_fresh(optimizer):
@@ -1600,9 +981,10 @@ class _Growing:
 
 
 _INTEGERS, _NUMBERS = ("batch_offsets", "batch_items"), ("learning_rates", "batch_weights", "gradient_scales")
+_ITEMS = ("batch_items", "batch_weights", "loss_gradients")  # a row for each item of a batch
 # In the order in which a step writes them. optimizer_samples.npy is the recorder's own: the optimizer's vectors at
 # a few weights, by which it knows, when it resumes, the state that the recorded steps give.
-_FILES = (*_NUMBERS, *_INTEGERS, "second_moments", "optimizer_samples", "weights")
+_FILES = (*_NUMBERS, "momenta", "group_rates", "loss_gradients", *_INTEGERS, "second_moments", "optimizer_samples", "weights")
 
 # A process that is forked from one that records (a worker of a DataLoader) writes nothing, and holds no lock.
 _RECORDING = weakref.WeakSet()
@@ -1708,7 +1090,8 @@ def _setting(value):
 class Recorder:
     """Records the steps of a training loop; see the top of the file.
 
-    loss        a line of the format (docs/run-directory.md), or a module of torch.nn with reduction "mean" or "sum"
+    loss        a line of the format (docs/run-directory.md), a module of torch.nn or a function of torch.nn.functional; any
+                other function, or "recorded": what autograd gives each output of each example is recorded instead
     inputs      (N, ...) and targets: all training data, tensors or arrays, in the order that indices refer to
     network     the network line, where it cannot be derived; weights are then in the order of model.parameters()
     constants   {name: array} of the arrays that such a line names
@@ -1743,62 +1126,123 @@ class Recorder:
         self.parameters = list(model.parameters())
         if not self.parameters:
             raise RecordError("the model has no parameters, so nothing to train")
-        self.rule = optimizer_line(optimizer)
+        _check_optimizer(optimizer)
+        loss = _loss_module(loss)
         loss_line(loss)  # so that it is refused first
-        _check_parameters(model, optimizer)
         self.inputs, self.targets = _array(inputs, "inputs"), _array(targets, "targets")
-        self.loss = _Loss(loss_line(loss, self.targets), getattr(loss, "reduction", "batchmean"))
         self.watched = [_Watched(inputs, "inputs"), _Watched(targets, "targets")]
         if len(self.inputs) != len(self.targets) or not len(self.inputs):
             raise RecordError(f"{len(self.inputs)} inputs and {len(self.targets)} targets")
         self.constants = {name: _numbers(array).astype(np.float64) for name, array in (constants or {}).items()}
         self.resume = None if resume is False else resume
+        self.groups = _groups(model, self.parameters, optimizer)
         if self.resume is None:
             _check_fresh(optimizer)
         self._watch_modes()
+        if self._mode_problem():
+            raise RecordError(self._mode_problem())
         embeds = any(isinstance(m, nn.Embedding) for m in model.modules())
         embeds = embeds or "embedding" in (network or "") or "select" in (network or "")
         wide = str(self.watched[0].values.dtype) in ("int64", "torch.int64")
         if self.inputs.dtype == np.int64 and not (wide or embeds):  # bytes or masks that the model takes as numbers
             self.inputs = self.inputs.astype(_numbers(self.parameters[0][:0]).dtype)
+        shape = self._output_shape()
         if network is None:
-            with self._other_weights():
-                trace = _Trace(model, self._rows(slice(8)))
-            self.network, self.parameters, self.constants = trace.line, trace.parameters, trace.constants
-        elif self._mode_problem():
-            raise RecordError(self._mode_problem())
+            self._read_network()
         else:
             self.network = network
-        self.net = _Network(self.network, self.constants)
+        self.net = _Line(self.network, self.constants)
         has = sum(p.numel() for p in self.parameters)
         if has != self.net.count:
-            raise RecordError(
-                f"the model has {has} parameters, '{self.network}' has {self.net.count}; is a weight in two layers?"
-            )
+            raise RecordError(f"the model has {has} parameters, '{self.network}' has {self.net.count}; is a weight in two layers?")
         flat = self.inputs.ndim < 3 and math.prod(self.inputs.shape[1:]) == math.prod(self.net.shape)
         if not flat and _axes(self.inputs.shape) != _axes((1, *self.net.shape)):
-            raise RecordError(
-                f"inputs of shape {self.inputs.shape} do not fit '{self.network}': axes in another order?"
-            )
+            raise RecordError(f"inputs of shape {self.inputs.shape} do not fit '{self.network}': axes in another order?")
         if len(self.net.outputs) != 1:
             raise RecordError(
                 f"the outputs of '{self.network}' are {tuple(self.net.outputs)} numbers, the format has one vector"
             )
-        self._check_targets(self.net.outputs[0])
+        self._check_loss(loss, shape)
         self.moments = second_moments
         self._check_outputs()
         epsilon = torch.finfo(self.parameters[0].dtype).eps
-        self.check, self.steps, self.failed, self.update = check, 0, False, _Rule(self.rule, epsilon, optimizer)
-        if second_moments and not self.update.moments:
+        self.check, self.steps, self.failed = check, 0, False
+        trained = [group for group in self.groups if group.number is not None]
+        self.updates = [_Rule(group.line, epsilon, optimizer) for group in trained]
+        if second_moments and (not self.updates[0].moments or len({update.moments for update in self.updates}) > 1):
             raise RecordError(
                 "second_moments=True is for Adam, AdamW, NAdam, Adagrad and RMSprop without momentum that is not centered"
             )
-        # Of every parameter a few numbers, at which each step is looked at.
-        self.places = [_spread(p.numel(), 16) for p in self.parameters]
+        # Of every trained parameter a few numbers, at which each step is looked at; and which of them are of each group.
+        self.trained = sorted(i for group in trained for i in group.members)
+        self.places = [_spread(self.parameters[i].numel(), 16) for i in self.trained]
         self.starts = np.cumsum([0] + [len(places) for places in self.places])
-        self.files, self.lock, self.pending, self.scale, self.settings, self.mean = None, None, [], None, None, ()
+        spans = dict(zip(self.trained, zip(self.starts, self.starts[1:])))
+        self.columns = [np.concatenate([np.arange(*spans[i]) for i in group.members]) for group in trained]
+        self.moving = {"adam": "beta1", "adamw": "beta1", "nadam": ""}.get(self.updates[0].kind, "momentum")
+        self.frozen = [p for i, p in enumerate(self.parameters) if i not in spans]
+        self.rated = [g.number for g in self.groups[1:]] if any(g.number is not None for g in self.groups[1:]) else []
+        self.files, self.lock, self.pending, self.scale, self.settings, self.mean, self.momentum = None, None, [], None, None, (), 0.0
+        self.arriving, self.parts, self.calls, self.rows, self.last, self.unit, self.divided = None, [], [], 0, None, None, None
         self.watching = None
         self.clipped = False  # whether the gradient is the one that clip() has seen
+
+    def _read_network(self):
+        """The line, the parameters in its order and its arrays, from the graph of what the model computes."""
+        model, first = self.model, self.parameters[0]
+        if first.device.type != "cpu":
+            model = copy.deepcopy(model).cpu()
+        rows = torch.as_tensor(np.array(self.inputs[:8]))
+        compiled = [(m, m.__dict__.pop("_compiled_call_impl")) for m in model.modules() if "_compiled_call_impl" in m.__dict__]
+        try:
+            with torch.random.fork_rng([]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                network = read_network(model, rows.to(first.dtype) if rows.is_floating_point() else rows)
+        except Unsupported as error:
+            raise RecordError(f"the model cannot be recorded: {error}. Where the language has it, pass network=") from error
+        except RecordError:
+            raise
+        except Exception as error:
+            raise RecordError(
+                f"the model cannot be followed on the first rows of inputs, {rows.dtype} {tuple(self.inputs.shape)}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        finally:
+            for module, call in compiled:
+                module.__dict__["_compiled_call_impl"] = call
+        same = {id(a): b for a, b in zip(model.parameters(), self.model.parameters())}
+        self.network, self.constants = network.line, network.constants
+        self.parameters = [same[id(p)] for p in network.parameters]
+        self.groups = _groups(self.model, self.parameters, self.optimizer)
+
+    def _output(self, rows, seed=0):
+        """What the model gives for rows: its first output, if it gives several."""
+        first = self.parameters[0]
+        with torch.random.fork_rng([first.device] if first.is_cuda else []), torch.no_grad():
+            torch.manual_seed(seed)
+            out = nn.Module._call_impl(self.model, rows)  # not what module.compile() has made of it
+        out = out[0] if isinstance(out, (tuple, list)) and out else out
+        if not torch.is_tensor(out) or out.ndim < 1 or len(out) != len(rows):
+            what = f"a tensor of shape {tuple(out.shape)}" if torch.is_tensor(out) else f"a {type(out).__name__}"
+            raise RecordError(
+                f"the model returns {what} for {tuple(rows.shape)}; return the tensor of its outputs, the rows first"
+            )
+        return out
+
+    def _output_shape(self):
+        rows = self._rows(slice(2))
+        try:
+            once, again = self._output(rows), self._output(rows, 1)
+            if not torch.equal(once.nan_to_num(), again.nan_to_num()):
+                raise RecordError(f"the model gives the same rows other outputs each time: it (a dropout by function?) {_RANDOM}")
+            return tuple(once.shape[1:])
+        except RecordError:
+            raise
+        except Exception as error:
+            raise RecordError(
+                f"the model does not take the first rows of inputs, {rows.dtype} {tuple(rows.shape)}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def _rows(self, rows):
         """Rows of the inputs as the model takes them."""
@@ -1815,6 +1259,9 @@ class Recorder:
                 for p in self.parameters:
                     random = torch.randn(p.shape, generator=generator)
                     p.copy_(random / max(p[:1].numel(), 1) ** 0.5 if p.ndim > 1 else 1 + random / 2)
+                for module in self.model.modules():
+                    if getattr(module, "padding_idx", None) is not None:  # its row is zeros, and stays so
+                        module.weight[module.padding_idx] = 0
                 yield
             finally:
                 for p, value in zip(self.parameters, saved):
@@ -1822,30 +1269,42 @@ class Recorder:
 
     def _watch_modes(self):
         """Modules that draw random numbers or couple the examples of a batch when they train, and their numbers."""
-        self.random = [
-            m for m in self.model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p
-        ]
-        self.random += [m for m in self.model.modules() if isinstance(m, nn.MultiheadAttention) and m.dropout]
-        self.norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self.fixed = [
-            (b, b._version) for m in self.norms for b in (m.running_mean, m.running_var) if b is not None
-        ]
+        kinds = nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm
+        named = [(f"'{name}' ({type(m).__name__})", m) for name, m in self.model.named_modules()]
+        self.random = [(name, m) for name, m in named if isinstance(m, kinds[0]) and m.p]
+        self.random += [(name, m) for name, m in named if getattr(m, "dropout", None) and isinstance(m, nn.MultiheadAttention)]
+        self.random += [(name, m) for name, m in named if isinstance(m, nn.RNNBase) and m.dropout and m.num_layers > 1]
+        self.random += [(name, m) for name, m in named if isinstance(m, nn.RReLU)]
+        self.norms = [(name, m) for name, m in named if isinstance(m, kinds[1]) and not isinstance(m, _INSTANCE)]
+        self.fixed = [(b, b._version) for _, m in self.norms for b in (m.running_mean, m.running_var) if b is not None]
 
     def _mode_problem(self):
         """What is wrong with the modes of modules, if anything."""
-        if any(m.training for m in self.random):
-            return f"a Dropout is in training mode: dropout {_RANDOM}"
-        if any(m.training or m.running_mean is None for m in self.norms):
-            return f"a BatchNorm is in training mode: {_COUPLES}"
+        for name, module in self.random:
+            if module.training:
+                return f"module {name} is in training mode: its dropout {_RANDOM}"
+        for name, module in self.norms:
+            if module.training or module.running_mean is None:
+                return f"module {name} is in training mode: {_COUPLES}"
         if any(b._version != version for b, version in self.fixed):
             return "the running statistics of a BatchNorm have changed since the recording began"
         return None
 
-    def _check_targets(self, outputs):
-        y = self.targets
+    def _check_loss(self, loss, shape):
+        """The loss line, and targets as it takes them. shape: of the model's outputs for one row."""
+        y, outputs, line = self.targets, self.net.outputs[0], loss_line(loss, self.targets)
+        several = len(_axes((1, *shape))) > 1
+        if several and line.split()[0] in ("softmax_cross_entropy", "nll", "hinge", "kl_div"):
+            line = "recorded"  # a class for each position
+        self.loss = _Loss(line, getattr(loss, "reduction", "batchmean"))
+        if line == "recorded":
+            if y.ndim > 1:
+                self.targets = y.reshape(len(y), -1)
+            return
         if y.dtype == np.int64 and y.ndim == 2 and y.shape[1] == outputs > 1:  # vectors of integers: one-hot, bits
             self.targets = y = y.astype(_numbers(self.parameters[0][:0]).dtype)
-        if y.ndim > 1 and _axes(y.shape) == ([] if y.dtype == np.int64 or outputs == 1 else [outputs]):
+        wanted = _axes((1, *shape))
+        if y.ndim > 1 and _axes(y.shape) == ([] if y.dtype == np.int64 or outputs == 1 else wanted):
             self.targets = y = y.reshape(len(y), -1) if y.dtype != np.int64 else y.reshape(-1)
         if y.dtype == np.int64:
             classes = y[~self.loss.is_ignored(y)] if y.ndim == 1 else y
@@ -1859,8 +1318,6 @@ class Recorder:
 
     def _check_outputs(self):
         """The model is the network of the line, with weights in the order of self.parameters."""
-        if self.inputs.dtype == np.int64 and "embedding" not in self.network and "select" not in self.network:
-            raise RecordError(f"inputs are {self.inputs.dtype}, and '{self.network}' takes numbers")
         self._compare_outputs()
         with self._other_weights():
             self._compare_outputs()
@@ -1868,20 +1325,16 @@ class Recorder:
     def _compare_outputs(self):
         order = {id(p): n for n, p in self.model.named_parameters()}
         first, rows = self.parameters[0], self._rows(slice(8))
-        devices = [first.device] if first.is_cuda else []
-        with torch.random.fork_rng(devices), torch.no_grad():
-            given = nn.Module._call_impl(self.model, rows)  # not what module.compile() has made of it
+        given = self._output(rows)
+        with torch.no_grad():
             wanted = self.net(self._weights().double(), torch.as_tensor(np.array(self.inputs[:8])).double())
-        if not torch.is_tensor(given):
-            raise RecordError(f"the model returns a {type(given).__name__}; return only the tensor of its outputs")
         given = given.double().cpu()
-        if wanted.shape[1] == 1 and given.ndim == 1:  # a model that ends with squeeze
-            given = given[:, None]
-        if given.shape != wanted.shape:
+        if given.numel() != wanted.numel():
             raise RecordError(
                 f"the model maps {tuple(rows.shape)} to {tuple(given.shape)}, not to "
                 f"{tuple(wanted.shape)} as '{self.network}' does"
             )
+        given = given.reshape(wanted.shape)
         error = (given - wanted).abs().max() / (1 + wanted.abs().max())
         if not error < (1e-4 if first.dtype == torch.float32 else 1e-7):
             raise RecordError(
@@ -1948,7 +1401,8 @@ class Recorder:
         return {**arrays, "train_inputs": self.inputs, "train_targets": self.targets}
 
     def _text(self):
-        return f"pathkernel-run 1\nnetwork   {self.network}\nloss      {self.loss.line}\noptimizer {self.rule}\n"
+        text = f"pathkernel-run 1\nnetwork   {self.network}\nloss      {self.loss.line}\noptimizer {self.groups[0].line}\n"
+        return text + "".join(f"group     {group.text()}\n" for group in self.groups[1:])
 
     def _start(self):
         """Writes what a run starts with, into a folder that has no run yet."""
@@ -1984,12 +1438,16 @@ class Recorder:
 
     def _open_files(self, resume):
         weights, self.files = self._weights().numpy(), {}
-        shapes = {"second_moments": weights.shape, "weights": weights.shape}
-        shapes["optimizer_samples"] = (len(self.update.vectors), int(self.starts[-1]))
+        rated, vectors = bool(self.rated), max(len(update.vectors) for update in self.updates)
+        shapes = {"second_moments": weights.shape, "weights": weights.shape, "group_rates": (len(self.groups) - 1,)}
+        shapes.update(loss_gradients=self.net.outputs, optimizer_samples=(vectors, int(self.starts[-1])))
+        absent = {"second_moments": not self.moments, "optimizer_samples": not vectors, "group_rates": not rated}
+        absent["momenta"] = not (resume and os.path.lexists(self._path("momenta.npy")))
+        absent["loss_gradients"] = self.loss.line != "recorded"
         for name in _FILES:
-            if (name != "second_moments" or self.moments) and (name != "optimizer_samples" or self.update.vectors):
+            if not absent.get(name):
                 kind = "<i8" if name in _INTEGERS else "<f8"
-                kind = weights.dtype if name in ("second_moments", "weights") else kind
+                kind = weights.dtype if name in ("second_moments", "weights", "loss_gradients") else kind
                 self.files[name] = _Growing(self._path(name + ".npy"), kind, shapes.get(name, ()), resume)
 
     def _continue(self):
@@ -1998,10 +1456,11 @@ class Recorder:
         def no(reason):
             return RecordError(f"{self.directory} cannot be resumed: {reason}")
 
+        moved = os.path.lexists(self._path("momenta.npy"))
         with os.fdopen(_open(self._path("run.txt"), os.O_RDONLY), "rb") as file:
             said = [line.split("#")[0].split() for line in file.read(2**24).decode("latin-1").splitlines()]
         for was, now in itertools.zip_longest(filter(None, said), map(str.split, self._text().splitlines())):
-            if was != now:
+            if was != now and not (moved and was and now and self._fixed(" ".join(was)) == self._fixed(" ".join(now))):
                 raise no(f"its run.txt says '{' '.join(was or ())}', not '{' '.join(now or ())}'")
         for name, array in self._arrays().items():
             there = _load(self._path(name + ".npy"))
@@ -2013,11 +1472,10 @@ class Recorder:
         files, weights = self.files, self.files["weights"]
         counts = {name: file.rows - (name in ("weights", "batch_offsets")) for name, file in files.items()}
         offsets = files["batch_offsets"]
-        while counts["batch_offsets"] > 0 and offsets.row(counts["batch_offsets"]) > min(
-            files["batch_items"].rows, files["batch_weights"].rows
-        ):
+        items = min(files[name].rows for name in _ITEMS if name in files)
+        while counts["batch_offsets"] > 0 and offsets.row(counts["batch_offsets"]) > items:
             counts["batch_offsets"] -= 1
-        complete = min(count for name, count in counts.items() if name not in ("batch_items", "batch_weights"))
+        complete = min(count for name, count in counts.items() if name not in _ITEMS)
         if counts["weights"] > complete or complete < 0:
             raise no(f"weights.npy has {counts['weights']} steps, another file only {complete}; a kill does not do that")
         steps = complete if self.resume is True else int(self.resume)
@@ -2036,40 +1494,46 @@ class Recorder:
                 f"the model's weights are those after step {at}, the run goes on to step {complete}: restore a later "
                 f"state_dict, or drop the steps after it by resume={at}"
             )
-        state = [_double(self._sample(vector)) for vector in self._state(no, steps)] if steps else []
-        recorded = files["optimizer_samples"].row(steps - 1) if state else []
-        tolerance = 1e-3 if self.update.epsilon > 1e-10 else 1e-9
-        for name, there, here in zip(self.update.vectors, recorded, state):
-            if not np.linalg.norm(here - there) <= tolerance * np.linalg.norm(there):
-                raise no(
-                    f"the optimizer's {name} is not the one that the recorded steps give: restore its state_dict as it was "
-                    f"after step {steps}"
-                )
+        recorded = files["optimizer_samples"].row(steps - 1) if steps and "optimizer_samples" in files else None
+        tolerance = 1e-3 if self.updates[0].epsilon > 1e-10 else 1e-9
+        for update, columns, state in zip(self.updates, self.columns, self._states(no, steps) if steps else []):
+            for name, there, here in zip(update.vectors, recorded if update.vectors else (), state):
+                if not np.linalg.norm(here - there[columns]) <= tolerance * np.linalg.norm(there[columns]):
+                    raise no(
+                        f"the optimizer's {name} is not the one that the recorded steps give: restore its state_dict as it "
+                        f"was after step {steps}"
+                    )
         if not steps:
             _check_fresh(self.optimizer)
-        self.update.resume(recorded, steps)
+        for update, columns in zip(self.updates, self.columns):
+            update.resume([] if recorded is None else [row[columns] for row in recorded[: len(update.vectors)]], steps)
         weights.cut(steps + 1)  # first, since it says how many steps there are
         end = int(offsets.row(steps))
         for name, file in files.items():
-            file.cut({"batch_items": end, "batch_weights": end}.get(name, steps + (name in ("weights", "batch_offsets"))))
+            file.cut(end if name in _ITEMS else steps + (name in ("weights", "batch_offsets")))
         self.steps = steps
 
-    def _state(self, no, steps):
-        """The optimizer's vectors, each one tensor for each parameter."""
-        states = [self.optimizer.state.get(p, {}) for p in self.parameters]
-        for state in states:
-            lacks = [name for name in self.update.vectors if not torch.is_tensor(state.get(name))]
-            if lacks:
-                raise no(f"the optimizer has no {lacks[0]}: restore its state_dict as it was after step {steps}")
-            if "step" in state and self.update.kind != "sgd" and int(state["step"]) != steps:
-                raise no(f"the optimizer has made {int(state['step'])} steps, not {steps}: restore its state_dict")
-            product = state.get("mu_product")
-            if self.update.options.float32_product and torch.is_tensor(product) and product.dtype == torch.float64:
-                raise no(
-                    "load_state_dict has made NAdam's mu_product float64, it was float32: for state in "
-                    "optimizer.state.values(): state['mu_product'] = state['mu_product'].float()"
-                )
-        return [[state[name] for state in states] for name in self.update.vectors]
+    def _states(self, no, steps):
+        """The optimizer's vectors at the numbers that are looked at, of each group."""
+        for update, group in zip(self.updates, self.groups):
+            states = [self.optimizer.state.get(self.parameters[i], {}) for i in group.members]
+            for state in states:
+                lacks = [name for name in update.vectors if not torch.is_tensor(state.get(name))]
+                if lacks:
+                    raise no(f"the optimizer has no {lacks[0]}: restore its state_dict as it was after step {steps}")
+                if "step" in state and update.kind != "sgd" and int(state["step"]) != steps:
+                    raise no(f"the optimizer has made {int(state['step'])} steps, not {steps}: restore its state_dict")
+                product = state.get("mu_product")
+                if update.options.float32_product and torch.is_tensor(product) and product.dtype == torch.float64:
+                    raise no(
+                        "load_state_dict has made NAdam's mu_product float64, it was float32: for state in "
+                        "optimizer.state.values(): state['mu_product'] = state['mu_product'].float()"
+                    )
+            at = [self.trained.index(i) for i in group.members]
+            yield [
+                np.concatenate([_double(self._take(state[name], k)) for k, state in zip(at, states)])
+                for name in update.vectors
+            ]
 
     def _close(self, update=True):
         files, self.files, self.pending, lock, self.lock = self.files or {}, None, [], self.lock, None
@@ -2097,13 +1561,20 @@ class Recorder:
         zero_grad the gradients. And at what autograd gives each parameter, which is what the gradient should be."""
         self.first = self.next_check = self.steps
         self.inputs, self.targets = _load(self._path("train_inputs.npy")), _load(self._path("train_targets.npy"))
-        self.at, self.seen = _double(self._sample(self.parameters)), [None] * len(self.parameters)
+        self.fixed_weights = [(p, p._version) for p in self.frozen]
+        trained = [self.parameters[i] for i in self.trained]
+        self.at, self.seen = _double(self._sample(trained)), [None] * len(trained)
 
         def arrived(i, gradient):
-            values, self.clipped = self._take(gradient, i), False
-            self.seen[i] = values if self.seen[i] is None else self.seen[i] + values
+            self._pass_begins()
+            if self.mark is None:
+                grad = trained[i].grad
+                self.mark = trained[i], grad, None if grad is None else grad._version
+            self.arriving.append((i, self._take(gradient, i)))
 
-        self.hooks = [p.register_hook(functools.partial(arrived, i)) for i, p in enumerate(self.parameters)]
+        self.hooks = [p.register_hook(functools.partial(arrived, i)) for i, p in enumerate(trained)]
+        if self.loss.line == "recorded":
+            self.hooks.append(self.model.register_forward_hook(self._called))
 
         def before(*_):
             groups = self.optimizer.param_groups
@@ -2154,16 +1625,109 @@ class Recorder:
         """A few numbers of one tensor for each parameter."""
         return torch.cat([self._take(t, i) for i, t in enumerate(tensors)])
 
+    def _fixed(self, line):
+        """An optimizer line without what momenta.npy has."""
+        return [word for word in line.split() if not self.moving or not word.startswith(self.moving + "=")]
+
+    def _move_momentum(self, settings):
+        """OneCycleLR, CyclicLR or the user may have moved the momentum, or beta1: from then on there is a file of it."""
+        trained = [group.number for group in self.groups if group.number is not None]
+        momenta = [settings[g]["betas"][0] if "betas" in settings[g] else settings[g].get("momentum", 0) for g in trained]
+        self.momentum = momenta[0]
+        if "momenta" not in self.files:
+            was = [dict(w.split("=") for w in g.line.split()[1:]).get(self.moving, 0) for g in self.groups[: len(trained)]]
+            if list(map(float, was)) == momenta or not self.moving:
+                return
+            new, path = self._path("momenta.npy.tmp"), self._path("momenta.npy")
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(new)
+            self.created += ["momenta.npy.tmp", "momenta.npy"]
+            file = _Growing(new, "<f8")
+            file.append([float(was[0])] * self.steps)
+            file.update()
+            os.replace(new, path)
+            files = {**self.files, "momenta": file}
+            self.files = {name: files[name] for name in _FILES if name in files}
+            if any(m != was[0] for m in was):
+                momenta = [*momenta, None]
+        if any(m != momenta[0] for m in momenta) or not 0 < momenta[0] < 1:
+            raise self._refusal(
+                f"a schedule moves the momentum of groups to {momenta}; where it moves, the format has one between 0 and 1 for all"
+            )
+        for update in self.updates:
+            setattr(update.options, self.moving, self.momentum)
+
+    def _called(self, module, inputs, outputs):
+        """The model was called: what autograd gives its outputs is what the loss makes of them."""
+        outputs = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
+        if torch.is_tensor(outputs) and outputs.requires_grad and self.files is not None:
+
+            def arrived(gradient, number=len(self.calls)):
+                self._pass_begins()
+                self.returning.append((number, gradient.detach()))
+
+            outputs.register_hook(arrived)
+            self.calls.append([])
+
+    def _pass_begins(self):
+        """A backward pass has reached outputs or parameters; what it does to the gradients shows when it ends."""
+        if self.arriving is None:
+            self.arriving, self.returning, self.mark = [], [], None
+            torch.autograd.Variable._execution_engine.queue_callback(self._pass_ends)
+
+    def _pass_ends(self):
+        arriving, returning, self.arriving = self.arriving, self.returning, None
+        if self.mark is None:
+            return
+        parameter, was, version = self.mark
+        if parameter.grad is None or (parameter.grad is was and was._version == version):
+            return  # torch.autograd.grad: for another purpose
+        self.clipped = False
+        for i, values in arriving:
+            self.seen[i] = values if self.seen[i] is None else self.seen[i] + values
+        for number, gradient in returning:
+            self.calls[number].append(gradient)
+
+    def _loss_gradients(self, step, items):
+        """Of the outputs of each example of the step, in the order of the calls that made them."""
+        calls, self.calls = [sum(call[1:], call[0]) for call in self.calls if call], []
+        while len(calls) > 1 and sum(map(len, calls)) > len(items):  # those before zero_grad: the gradient has to tell
+            calls.pop(0)
+            step.ratio = None
+        self.rows = len(items)
+        count, outputs = sum(map(len, calls)), self.net.outputs[0]
+        if any(call[0].numel() != outputs for call in calls if len(call)):
+            shape = next(tuple(call.shape) for call in calls if call[0].numel() != outputs)
+            raise self._refusal(
+                f"the model gave outputs of {shape}, which are not the {outputs} numbers for a row that it gives for inputs "
+                "alone: has it another forward in training?"
+            )
+        if count != len(items):
+            raise self._refusal(
+                f"the loss had outputs of {count} rows since the last record(), and indices are {len(items)}: are they those "
+                "of all calls of the model that the gradient comes from, in their order? (A model that is trained through a "
+                "compiled wrapper needs a loss that the format names.)"
+            )
+        return torch.cat([call.reshape(len(call), -1) for call in calls]).cpu()
+
     def _stepped(self, settings):
         """The optimizer has made a step: takes what record() needs, before others change it."""
-        gradients = [p.grad for p in self.parameters]
+        found = getattr(self.optimizer, "found_inf", None)  # of a GradScaler, where the optimizer looks at it itself
+        if found is not None and float(found):
+            return
+        gradients = [self.parameters[i].grad for i in self.trained]
         if any(g is None for g in gradients):
-            raise self._refusal("a parameter has no gradient, the optimizer leaves it out")
+            name = self._name(self.starts[next(i for i, g in enumerate(gradients) if g is None)])
+            raise self._refusal(
+                f"parameter '{name}' has no gradient, and the optimizer leaves it out: freeze it (requires_grad_(False)), or "
+                "let each step's loss depend on it"
+            )
         taken, seen, self.seen = self._sample(gradients), self.seen, [None] * len(gradients)
         seen = None if any(values is None for values in seen) else torch.cat(seen)
         step = types.SimpleNamespace(settings=settings, taken=taken, seen=seen, whole=None, scale=self.scale)
-        step.altered, self.clipped = self._altered(step), False
-        if self._due() or step.altered:
+        step.ratio, self.clipped = self._ratio(step), False
+        rows = sum(len(call[0]) for call in self.calls if call)
+        if self._due() or not self._is_known(step) or rows != self.rows:
             step.whole = [g.detach().clone() for g in gradients]
         self.pending.append(step)
 
@@ -2172,17 +1736,29 @@ class Recorder:
         step = self.steps + len(self.pending)
         return bool(self.check) and step >= self.next_check
 
-    def _altered(self, step):
-        """Whether the optimizer was given something else than what autograd computed, times the scale: something that
-        was clipped, accumulated, noisy. It may be right (a backward pass for another purpose before zero_grad, say)."""
-        seen, scale = step.seen, 1.0 if step.scale is None else step.scale
-        if seen is None:
-            return True
-        if scale == 1 and torch.equal(seen, step.taken):
-            return False
-        seen, taken = _double(seen), _double(step.taken)
+    def _ratio(self, step):
+        """The factor between what the optimizer was given and what autograd computed: 1, or one for all that clipping or a
+        GradScaler applied; None where there is no such factor (another backward pass before zero_grad, say)."""
+        if step.seen is None or not step.seen.any():
+            return None
+        if torch.equal(step.seen, step.taken):
+            return 1.0
+        seen, taken = _double(step.seen), _double(step.taken)
+        square = seen @ seen
+        ratio = float(seen @ taken / square) if square and math.isfinite(square) else 0.0
         most = np.maximum.reduceat(np.abs(seen), self.starts[:-1]).repeat(np.diff(self.starts))
-        return bool((np.abs(taken - scale * seen) > 100 * self.update.epsilon * abs(scale) * most).any())
+        alike = np.abs(taken - ratio * seen) <= 100 * self.updates[0].epsilon * abs(ratio) * most
+        return ratio if ratio and alike.all() else None
+
+    def _is_known(self, step):
+        """Whether the factor of the step's gradient is known without computing the gradient again."""
+        if step.ratio is None or self.parts and self.divided is None:
+            return False
+        if step.scale is not None:
+            return abs(step.ratio - step.scale) <= 1e-4 * abs(step.scale)
+        if step.ratio == 1 or self.unit == 1 or self.loss.line == "recorded":
+            return True
+        return self.last is not None and abs(step.ratio - self.last[0]) <= 1e-6 * abs(self.last[0])
 
     def clip(self, max_norm, norm_type=2.0):
         """clip_grad_norm_ on the model's parameters, remembered for this step. Returns the norm before."""
@@ -2202,77 +1778,85 @@ class Recorder:
         """
         if self.files is None or self.failed:
             raise RecordError("record() outside of `with Recorder(...) as record`, or after a full disk")
-        if len(self.pending) != 1:
+        if len(self.pending) > 1:
             count, self.pending = len(self.pending), []
-            raise self._refusal(
-                f"{count} optimizer steps since the last record(); one each (where a GradScaler skips a step, do not "
-                "record it)"
-            )
+            raise self._refusal(f"{count} optimizer steps since the last record(); one each")
+        items, weights = self._rows_of_batch(indices, weights)
+        if not self.pending:
+            return self._without_step(items, weights)
         step = self.pending.pop()
-        self.scale = None
         if gradient_scale is not None:
             step.scale = float(gradient_scale)
-            step.altered = self._altered(step)
-        scale = 1.0 if step.scale is None else step.scale
-        if not math.isfinite(scale):
-            raise self._refusal(f"the gradient was multiplied by {scale}")
-        items = _numbers(indices)
-        if items.dtype == bool and items.shape == (len(self.inputs),):
-            items = np.flatnonzero(items)
-        if items.ndim != 1 or not len(items) or items.dtype.kind not in "iu":
-            raise self._refusal(f"indices are row numbers in one dimension, not {items.dtype} {items.shape}")
-        items = items.astype(np.int64, copy=False)
-        # A negative number is the largest without its sign. (argmax, because max takes 30 us.)
-        if not 0 <= items[items.view(np.uint64).argmax()] < len(self.inputs):
-            raise self._refusal(
-                f"indices {items.min()} to {items.max()}, but there are {len(self.inputs)} rows"
-            )
-        if weights is None:
-            if self.loss.weight is not None or self.loss.ignored is not None:
-                self.mean = self.loss.weights(self.targets[items], self.net.outputs[0])
-            elif len(self.mean) != len(items):
-                self.mean = self.loss.weights(items, self.net.outputs[0])
-            weights = self.mean
+        self.scale = None
+        if step.scale is not None and not math.isfinite(step.scale):
+            raise self._refusal(f"the gradient was multiplied by {step.scale}")
+        parts, self.parts = [*self.parts, (items, weights)], []
+        items = np.concatenate([part[0] for part in parts])
+        own = weights is not None
+        if self.loss.line == "recorded":
+            cotangents, weights, own = self._loss_gradients(step, items), np.ones(len(items)), True
+            step.cotangents = _numbers(cotangents)
         else:
-            weights = _numbers(weights).astype(np.float64)
-            if weights.shape != items.shape or not np.isfinite(weights).all():
-                raise self._refusal(
-                    f"weights have shape {weights.shape} for {len(items)} indices, or are not finite"
-                )
-        rate = _one_of("learning rates", [float(group.pop("lr")) for group in step.settings])
+            weights = np.concatenate([self._weights_of(*part) / (1 if own else len(parts)) for part in parts])
+        rates = [float(group.pop("lr")) for group in step.settings]
         if step.settings != self.settings:  # else they are those of the step before
-            rule = _one_of("settings", [_group_line(type(self.optimizer), group) for group in step.settings])
-            if rule != self.rule:
-                raise self._refusal(
-                    f"the optimizer is now '{rule}', it was '{self.rule}'; the format has one for the whole "
-                    "run (CyclicLR and OneCycleLR: cycle_momentum=False)"
-                )
+            for group in self.groups:
+                line = group.line if group.number is None else _group_line(type(self.optimizer), step.settings[group.number])
+                if self._fixed(line) != self._fixed(group.line):
+                    raise self._refusal(
+                        f"the optimizer is now '{line}', it was '{group.line}'; the format has one for the whole run, but for "
+                        "rates and the momentum, or beta1 of Adam and AdamW"
+                    )
             self.settings = step.settings
+            self._move_momentum(step.settings)
         if self._mode_problem():
             raise self._refusal(self._mode_problem())
+        moved = next((p for p, version in self.fixed_weights if p._version != version), None)
+        if moved is not None:
+            name = next(name for name, p in self.model.named_parameters() if p is moved)
+            raise self._refusal(
+                f"parameter '{name}' is not trained (requires_grad=False, or not in the optimizer), and has changed: set its grad "
+                "to None, for which an optimizer still decays it; what another optimizer trains cannot be recorded"
+            )
         row = [_numbers(p) for p in self.parameters]  # no copies on the CPU
-        finite = all(math.isfinite(np.vdot(a, a)) or np.isfinite(a).all() for a in row)  # the latter is slow
-        if not finite or not math.isfinite(rate):
+        at = np.concatenate([row[i].reshape(-1).take(places) for i, places in zip(self.trained, self.places)])
+        at, due = at.astype(np.float64), self._due()
+        finite = np.isfinite(at).all() and (not due or all(np.isfinite(a).all() for a in row))
+        if not finite or not all(map(math.isfinite, rates)):
             raise self._refusal("a weight or the learning rate is not finite")
-        changed = [w.what for w, a in zip(self.watched, (self.inputs, self.targets)) if w.differs(a, items)]
-        if self._due() or changed or step.altered:
-            self._check_gradient(step, items, weights, scale, changed)
-            done = self.steps - self.first
-            self.next_check = self.first + (done + 1 if done + 1 < self.check else max(done + 1, done * 3 // 2))
-        at = np.concatenate([a.take(places) for a, places in zip(row, self.places)]).astype(np.float64)
-        self._check_update(at, _double(step.taken), rate)
+        looks = due or self.steps % 8 == 0  # at what torch has not written to, which costs more than to see that it has
+        changed = [
+            w.what
+            for w, a in zip(self.watched, (self.inputs, self.targets))
+            if (looks or w.touched()) and w.differs(a, items)
+        ]
+        several, divided = len(parts) > 1 and not own, self.divided
+        weights = weights * len(parts) if several and divided is False else weights
+        scale = self._scale(step, items, weights, changed, len(parts) if several else 1, due)
+        weights = weights * len(parts) if several and divided is None and self.divided is False else weights
+        self._check_update(at, _double(step.taken), rates)
+        samples = np.zeros(self.files["optimizer_samples"].row_shape) if "optimizer_samples" in self.files else None
+        for update, columns in zip(self.updates, self.columns):
+            for k, state in enumerate(update.state):
+                samples[k, columns] = state
         rows = {
-            "learning_rates": [rate],
+            "learning_rates": [rates[self.groups[0].number]],
+            "group_rates": [[0.0 if g.number is None else rates[g.number] for g in self.groups[1:]]],
+            "momenta": [self.momentum],
             "batch_offsets": [self.files["batch_items"].rows + len(items)],
             "batch_items": [items],
             "batch_weights": [weights],
             "gradient_scales": [scale],
-            "optimizer_samples": self.update.state,
+            "optimizer_samples": [samples],
             "weights": row,
         }
+        if self.loss.line == "recorded":
+            rows["loss_gradients"] = [step.cotangents]
         if self.moments:
+            states = [self.optimizer.state[p] for p in self.parameters]
             rows["second_moments"] = [
-                _numbers(self.optimizer.state[p][self.update.moments]) for p in self.parameters
+                _numbers(state[self.updates[0].moments]) if state else np.zeros(p.shape)
+                for p, state in zip(self.parameters, states)
             ]
         self.failed = True
         for name in self.files:  # weights last: they commit the step
@@ -2280,24 +1864,97 @@ class Recorder:
         self.failed = False
         self.steps, self.at = self.steps + 1, at
 
+    def _rows_of_batch(self, indices, weights):
+        items = _numbers(indices)
+        if items.dtype == bool and items.shape == (len(self.inputs),):
+            items = np.flatnonzero(items)
+        if items.ndim != 1 or not len(items) or items.dtype.kind not in "iu":
+            raise self._refusal(f"indices are row numbers in one dimension, not {items.dtype} {items.shape}")
+        items = items.astype(np.int64)  # a copy
+        # A negative number is the largest without its sign. (argmax, because max takes 30 us.)
+        if not 0 <= items[items.view(np.uint64).argmax()] < len(self.inputs):
+            raise self._refusal(f"indices {items.min()} to {items.max()}, but there are {len(self.inputs)} rows")
+        if weights is not None:
+            weights = _numbers(weights).astype(np.float64)
+            if weights.shape != items.shape or not np.isfinite(weights).all():
+                raise self._refusal(f"weights have shape {weights.shape} for {len(items)} indices, or are not finite")
+        return items, weights
+
+    def _weights_of(self, items, weights):
+        """What the loss of each of these examples is multiplied by: as given, or by the loss module's reduction."""
+        if weights is not None:
+            return weights
+        if self.loss.weight is not None or self.loss.ignored is not None:
+            return self.loss.weights(self.targets[items], self.net.outputs[0])
+        if len(self.mean) != len(items):
+            self.mean = self.loss.weights(items, self.net.outputs[0])
+        return self.mean
+
+    def _without_step(self, items, weights):
+        """record() where the optimizer made no step: a GradScaler skipped it, or the gradient of a part of the batch was
+        added to those of the parts before."""
+        gradients, seen = [self.parameters[i].grad for i in self.trained], self.seen
+        known = not any(v is None for v in (*gradients, *seen))
+        finite = all(v is None or bool(torch.isfinite(v).all()) for v in (*gradients, *seen))
+        if finite and not (known and torch.equal(self._sample(gradients), torch.cat(seen))):
+            raise self._refusal(
+                "0 optimizer steps since the last record(), and the gradient is not the sum of those since then"
+            )
+        if finite:
+            self.parts.append((items, weights))
+        else:
+            self.parts, self.calls, self.seen = [], [], [None] * len(seen)
+
+    def _scale(self, step, items, weights, changed, parts, due):
+        """What the gradient of the loss was multiplied by, and the checks of it."""
+        scale, ratio = step.scale, step.ratio
+        recorded = self.loss.line == "recorded"
+        if recorded and (ratio is not None or scale is None):
+            scale = step.scale = ratio if scale is None or not self._is_known(step) else scale
+        known = self._is_known(step) and (recorded or parts == 1 or self.divided is not None)
+        if scale is None and known:
+            at_last = ratio != 1 and self.unit != 1
+            scale = self.last[1] * ratio / self.last[0] if at_last else ratio
+        elif scale is None and ratio is None and not recorded:
+            scale = 1.0
+        if due or changed or not known:
+            factor = self._check_gradient(step, items, weights, scale, changed)
+            if scale is None and recorded:
+                scale = factor
+            elif scale is None:  # the loss was multiplied by a power of 2, and the gradient divided again
+                unit = factor / ratio
+                if parts > 1 and self.divided is None:
+                    self.divided = abs(unit / parts - 1) > 1e-3
+                    unit /= 1 if self.divided else parts
+                power = 2.0 ** round(math.log2(abs(unit))) if unit > 0 and math.isfinite(unit) else 0.0
+                if abs(unit - power) > 1e-3 * power or (ratio == 1 and power != 1):
+                    self._wrong_gradient(step, changed, "", unit)
+                self.unit, scale = power, ratio * power
+                self.last = ratio, scale
+            done = self.steps - self.first
+            self.next_check = self.first + (done + 1 if done + 1 < self.check else max(done + 1, done * 3 // 2))
+        return scale
+
     def _name(self, number):
         """Of the parameter that a sampled number belongs to."""
-        parameter = self.parameters[int(np.searchsorted(self.starts, number, side="right")) - 1]
+        parameter = self.parameters[self.trained[int(np.searchsorted(self.starts, number, side="right")) - 1]]
         return next(name for name, p in self.model.named_parameters() if p is parameter)
 
-    def _check_update(self, at, gradient, rate):
-        """Each step: the weights moved as the optimizer line says, by the gradient that the optimizer was given."""
-        update, allowed = self.update.step(self.at, gradient, rate)
-        error = np.abs(at - self.at - update)
-        if not (error <= allowed).all():
-            worst = int((error - allowed).argmax())
-            raise self._refusal(
-                f"the weights did not move by '{self.rule}' with the gradient that the optimizer was given: a weight of "
-                f"'{self._name(worst)}' by {at[worst] - self.at[worst]:.9g}, not {update[worst]:.9g}. Were weights, "
-                "settings or the optimizer's state changed otherwise (averaging, clamping, a hook)?"
-            )
+    def _check_update(self, at, gradient, rates):
+        """Each step: the weights moved as the optimizer lines say, by the gradient that the optimizer was given."""
+        for update, columns, group in zip(self.updates, self.columns, self.groups):
+            was, now = self.at[columns], at[columns]
+            moved, allowed = update.step(was, gradient[columns], rates[group.number])
+            error = np.abs(now - was - moved)
+            if not (error <= allowed).all():
+                worst = int((error - allowed).argmax())
+                raise self._refusal(
+                    f"the weights did not move by '{group.line}' with the gradient that the optimizer was given: a weight of "
+                    f"'{self._name(columns[worst])}' by {now[worst] - was[worst]:.9g}, not {moved[worst]:.9g}. Were weights, "
+                    "settings or the optimizer's state changed otherwise (averaging, clamping, a hook)?"
+                )
 
-    def _gradient(self, w, items, weights, noise=0.0):
+    def _gradient(self, w, items, weights, cotangents=None, noise=0.0):
         """Of the declared loss on these rows, in float64; with rounding of the weights and inputs, if asked for."""
         generator = torch.Generator().manual_seed(self.steps)
         rows = lambda array: torch.as_tensor(np.asarray(array[items])).to(w.device)
@@ -2307,45 +1964,62 @@ class Recorder:
         w = blur(w).detach().requires_grad_()
         with torch.enable_grad():
             f = self.net(w, x)
+            if self.loss.line == "recorded":
+                return torch.autograd.grad((f * cotangents.to(w)).sum(), w)[0]
             losses = self.loss.each(f, rows(self.targets)) * torch.as_tensor(weights).to(w.device)
             return torch.autograd.grad(losses.sum(), w)[0]
 
     def _check_gradient(self, step, items, weights, scale, changed):
-        """The gradient that the optimizer was given is that of the declared loss on the declared rows, as recorded."""
+        """The gradient that the optimizer was given is that of the declared loss on the declared rows, as recorded, times
+        the scale; scale None: times what is returned."""
+        parameters = [self.parameters[i] for i in self.trained]
         if step.whole is None:  # it looked right when the optimizer stepped
-            step.whole = [p.grad.detach() for p in self.parameters if p.grad is not None]
-            if len(step.whole) < len(self.parameters) or not torch.equal(self._sample(step.whole), step.taken):
+            step.whole = [p.grad.detach() for p in parameters if p.grad is not None]
+            if len(step.whole) < len(parameters) or not torch.equal(self._sample(step.whole), step.taken):
                 raise self._refusal(f"{' and '.join(changed)} changed in place since the recording began")
         device, dtype = step.whole[0].device, step.whole[0].dtype
         device, epsilon = "cpu" if device.type == "mps" else device, torch.finfo(dtype).eps
         given = torch.cat([g.reshape(-1) for g in step.whole]).to(device).double()
         w = torch.as_tensor(self.files["weights"].row(self.steps).copy()).to(device).double()
-        wanted = scale * self._gradient(w, items, weights)
-        half = self._half_precision(step.seen)
         sizes = [p.numel() for p in self.parameters]
-        norms = lambda vector: torch.stack([part.norm() for part in vector.split(sizes)])
-        difference, tolerance = norms(given - wanted), 1e-5 if half else 1e-2 if dtype == torch.float32 else 1e-8
-        allowed = tolerance * norms(wanted) + 100 * epsilon * (1 + wanted.norm())
+        cotangents = torch.as_tensor(step.cotangents) if self.loss.line == "recorded" else None
+
+        def gradient(noise=0.0):
+            whole = self._gradient(w, items, weights, cotangents, noise).split(sizes)
+            return torch.cat([whole[i] for i in self.trained])
+
+        wanted = gradient()
+        factor = float(given @ wanted / (wanted @ wanted)) if bool(wanted.any()) else 1.0
+        scale = factor if scale is None else scale
+        half = self._half_precision(step.seen)
+        norms = lambda vector: torch.stack([part.norm() for part in vector.split([p.numel() for p in parameters])])
+        difference, tolerance = norms(given - scale * wanted), 1e-5 if half else 1e-2 if dtype == torch.float32 else 1e-8
+        allowed = tolerance * norms(scale * wanted) + 100 * epsilon * (1 + abs(scale) * wanted.norm())
         if not (difference <= allowed).all():  # how much rounding changes it: where much cancels, a lot
-            allowed = allowed + 100 * norms(scale * self._gradient(w, items, weights, epsilon) - wanted)
-        if (difference <= allowed).all():
-            return
-        size, factor = wanted.norm(), float(given @ wanted / (wanted @ wanted))
-        reason = (
-            f"the gradient that the optimizer was given is not that of loss '{self.loss.line}' on these rows: it "
-            f"differs by {float((given - wanted).norm() / size):.2g} of its size. "
-        )
+            allowed = allowed + 100 * norms(scale * (gradient(epsilon) - wanted))
+        if not (difference <= allowed).all():
+            size = (given - scale * wanted).norm() / (scale * wanted).norm()
+            alike = (given - factor * wanted).norm() < 1e-3 * given.norm()
+            self._wrong_gradient(step, changed, f": it differs by {float(size):.2g} of its size", alike and factor / scale)
+        return factor
+
+    def _wrong_gradient(self, step, changed, how, factor):
+        """factor: the gradient is the declared one times that, if there is such a factor."""
+        half = self._half_precision(step.seen)
+        what = "that of the outputs' recorded derivatives" if self.loss.line == "recorded" else f"that of loss '{self.loss.line}'"
+        reason = f"the gradient that the optimizer was given is not {what} on these rows{how}. "
         if changed:
             reason += f"{' and '.join(changed).capitalize()} changed in place since the recording began. "
         if half:
             reason += (
                 f"It was computed in {half}, under autocast (with or without a GradScaler): train in float32 or float64. "
             )
-        elif (given - factor * wanted).norm() < 1e-3 * given.norm():
-            reason += f"It is that times {factor:.6g}: clipped without record.clip, or scaled (a GradScaler)? "
+        elif factor:
+            reason += f"It is that times {factor:.6g}: is the loss multiplied by it, or not divided (a GradScaler)? "
         raise self._refusal(
             reason + "Are indices the rows of this batch? Are inputs what the model is given? Is it another loss or "
-            "reduction? Were gradients accumulated (zero_grad?), or clipped without record.clip?"
+            'reduction (loss="recorded" takes any), or are there terms beside it, such as a penalty on weights? Were '
+            "gradients accumulated (zero_grad?), or clipped otherwise than by one factor?"
         )
 
     @staticmethod
@@ -2362,6 +2036,8 @@ class Recorder:
                 "the optimizer made a step that was not recorded: record() was not called after it (a break before it?). "
                 "The run is complete up to there"
             )
+        if self.parts and not self.steps:
+            return "record() was called, but the optimizer made no step"
         if self._mode_problem():
             return self._mode_problem()
         if not np.array_equal(self._weights().numpy(), self.files["weights"].row(self.steps)):
