@@ -27,7 +27,7 @@ PK__BEGIN_CODE
 
 /* ---- bounds on entries -------------------------------------------------------------------------------- */
 
-/* |factor| < error, |g_b| > of a part added to the bounds. */
+/* Adds |factor| < error, |g_b| > of a part to the bounds. */
 static void pk__bound_part(pk__worker *worker, const pk__part *part, size_t j, const pk_real *error)
 {
     pk__job *job = worker->job;
@@ -92,7 +92,7 @@ PK__PRIVATE void pk__bound_materialized(pk__worker *worker, const pk__part *part
         int before = 0;
         for (size_t f = 0; f < window->form_count; f++)
             before |= form[f].before;
-        for (size_t i = 0; i < numbers; i++) { /* all that maximize makes negative has one sign */
+        for (size_t i = 0; i < numbers; i++) { /* with maximize all factors are negative */
             const size_t w = i < matrix ? i % part->matrix : part->matrix + (i - matrix) % part->bias;
             error[i] = (pk_real)fabs(error[i]);
             if (before && slack) /* of p R */
@@ -102,7 +102,7 @@ PK__PRIVATE void pk__bound_materialized(pk__worker *worker, const pk__part *part
     pk__bound_part(worker, part, j, error);
 }
 
-/* The largest |x|, at least `largest`; numbers that are not finite do not count. */
+/* The largest of `largest` and the |x| that are finite. */
 PK__PRIVATE double pk__largest(size_t count, const double *x, double largest)
 {
     for (size_t i = 0; i < count; i++)
@@ -116,8 +116,8 @@ static double pk__part_of(double value, double scale)
     return value == 0 ? 0 : value / scale;
 }
 
-/* No bound of a cell is below rounding of the largest contribution of an example to its row. They must explain the cell's
- * closure, but for the closure's own rounding; else they are raised. */
+/* Raises the bounds of a cell: each to at least the rounding error of the largest contribution of an example to its row,
+ * and all of them until their sum explains the cell's closure, up to the rounding of the closure itself. */
 static void pk__raise_bounds(pk__job *job, size_t cell, double height, double largest)
 {
     pk_decomposition *part = job->part;
@@ -136,7 +136,7 @@ static void pk__raise_bounds(pk__job *job, size_t cell, double height, double la
 
 /* ---- the certificate ---------------------------------------------------------------------------------- */
 
-/* The largest unattributed term that is taken for rounding, from the precision of the run's last weights. */
+/* The limit below which the unattributed part is explained by rounding, from the precision of the run's last weights. */
 PK__PRIVATE double pk__unattributed_limit(const pk__job *job, const pk_real *weights)
 {
     const double given = job->options->unattributed;
@@ -154,7 +154,7 @@ PK__PRIVATE double pk__unattributed_limit(const pk__job *job, const pk_real *wei
 typedef struct pk__row_scale {
     double height;  /* the largest output of the row, at either end of the run */
     double largest; /* the largest contribution of any kind */
-    double allowed; /* for its closures */
+    double allowed; /* the largest closure that is accepted */
 } pk__row_scale;
 
 static pk__row_scale pk__scale_of_row(const pk__job *job, size_t row)
@@ -267,7 +267,8 @@ PK__PRIVATE void pk__add_summary(const pk_decomposition *part, pk_decomposition 
     whole->passes += part->passes;
 }
 
-/* The status of a decomposition that was computed. The closure is judged first: where it is open, nothing else holds. */
+/* The status of a decomposition that was computed. The closure is judged first, because the other results mean nothing
+ * without it. */
 PK__PRIVATE pk_status pk__verdict(const pk__job *job, const pk_decomposition *whole)
 {
     const int closed = whole->worst_excess <= 1;

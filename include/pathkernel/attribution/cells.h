@@ -18,7 +18,7 @@
 #include <string.h>
 PK__BEGIN_CODE
 
-/* In eight sums, so that a vector of them is added at a time. */
+/* Eight sums, so that the compiler can add a vector of them at a time. */
 static double pk__sum(size_t count, const pk_real *x)
 {
     double sums[8] = {0};
@@ -31,8 +31,8 @@ static double pk__sum(size_t count, const pk_real *x)
     return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
 }
 
-/* Adds factor * tile (cells x count, ld PK__TILE_LD) of one column of by_layer, or of all (-1), to the results of the cells
- * from cell on. */
+/* Adds factor * tile (cells x count, ld PK__TILE_LD) to the results of the cells that begin at `cell`, in one column of
+ * by_layer or, with -1, in all. */
 static void pk__add_cells(const pk__worker *worker, int layer, size_t cell, size_t cells, double factor,
                           size_t first, size_t count, const pk_real *tile)
 {
@@ -66,8 +66,8 @@ static void pk__add_cells(const pk__worker *worker, int layer, size_t cell, size
     }
 }
 
-/* The tile of a block of rows with the examples first .. first + count - 1, of one layer or, with layer -1, of all of
- * worker->product.due. */
+/* Computes the tile of a block of rows with the examples [first, first + count), for one layer or, with layer -1, for all
+ * of worker->product.due. */
 PK__PRIVATE void pk__add_tile(const pk__worker *worker, int layer, size_t first, size_t count,
                               const pk_real *tile)
 {
@@ -84,13 +84,13 @@ PK__PRIVATE void pk__add_tile(const pk__worker *worker, int layer, size_t first,
                       worker->factor, first, count, tile + (row * outputs + job->first_output) * PK__TILE_LD);
 }
 
-/* The tile of a row, all outputs, with block number `block` of the examples. */
+/* Where the tile of a row and all outputs with block number `block` of the examples begins. */
 PK__PRIVATE pk_real *pk__row_tile(const pk__worker *worker, size_t block)
 {
     return worker->tile + block * worker->job->outputs * PK__TILE_LD;
 }
 
-/* The row's tiles, of one column or of all, added to the results; then zero. */
+/* Adds the row's tiles to the results, in one column or in all, and sets them to zero. */
 PK__PRIVATE void pk__add_row(pk__worker *worker, size_t row, int column, size_t j, double factor)
 {
     const pk__job *job = worker->job;
@@ -103,7 +103,7 @@ PK__PRIVATE void pk__add_row(pk__worker *worker, size_t row, int column, size_t 
                       factor, first, count, tile);
         pk__clear_tile(job->output_count, count, tile);
     }
-    worker->product.seconds += pk__seconds() - start; /* as the factored layers' tiles count */
+    worker->product.seconds += pk__seconds() - start; /* counted like the tiles of factored layers */
 }
 
 PK__END_CODE

@@ -2,7 +2,7 @@
  * one's own: what each leaves of the change of the outputs, and whether it orders the training examples as the exact one does.
  *
  * A decomposition takes the derivatives J = df/dw of the test rows along each step, and the gradients J' dl/df of the examples at
- * w_s. Other rules take them elsewhere. With w_s(t) = w_s + t D_s and an optimiser without state, of learning rate eta,
+ * w_s. Other rules take them elsewhere. With w_s(t) = w_s + t D_s and an optimizer without state, of learning rate eta,
  *
  *     left            < J(w_s, x),    J(w_s, x_i)'    dl/df(w_s) >                     (TracIn of every step)
  *     segment         integral over t of < J(w_s(t), x), J(w_s(t), x_i)' dl/df(w_s) >
@@ -15,7 +15,7 @@
  *     telescoping     < J(w_s, x), D_s >, which is not divided among examples
  *     exact           integral over t of < J(w_s(t), x), J(w_s, x_i)' dl/df(w_s) >     (pk_decompose)
  *
- * each times - eta_s c_{s,i} (but for telescoping) and summed over the steps. For the other optimisers see pk_compare.
+ * each times - eta_s c_{s,i} (but for telescoping) and summed over the steps. For the other optimizers see pk_compare.
  */
 #ifndef PATHKERNEL_COMPARE_H
 #define PATHKERNEL_COMPARE_H
@@ -44,7 +44,7 @@ typedef struct pk_comparison {
 
 /* Compares the ten rules in the order of the list above for all outputs f(w_S, inputs) of a run; inputs: rows x input width.
  *
- * Each goes by the optimiser's linear form D_s = sum_i D_{s,i} + decay + u_s, the one of pk_decompose: momenta, Adam's divisors,
+ * Each goes by the optimizer's linear form D_s = sum_i D_{s,i} + decay + u_s, the one of pk_decompose: momenta, Adam's divisors,
  * groups, clipping, decay and the unattributed u_s are those of the run. Their inner products with J give the rule's sum. Where a
  * rule moves the examples' gradients to w_s(t), a step takes all earlier gradients that its momentum holds, those of w_{s'}, at
  * w_{s'}(t) with the same t; decay takes w_s as it was. checkpoints takes J of the test rows in the steps floor(k S / 10), k = 0

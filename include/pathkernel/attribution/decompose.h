@@ -5,7 +5,7 @@
  *
  * (Domingos 2020; Bell et al. 2023, the exact path kernel.) With D_s = w_{s+1} - w_s and
  * Phi_s(x) = integral_0^1 grad_w h(f(w_s + t D_s, x)) dt, the left side is initial + sum_s Phi_s D_s. An
- * optimiser makes D_s linear in the examples' gradients g_i (optimizer.h: pk_linear_form), so that
+ * optimizer makes D_s linear in the examples' gradients g_i (optimizer.h: pk_linear_form), so that
  *
  *     A(x, i) = - sum_s scale_s c_{s,i} < E_s(x), g_{s,i} >,
  *     E_s = gain_s R_s + direct_s p_s o Phi_s,   R_s = carry_{s+1} R_{s+1} + enter_s p_s o Phi_s,   R_S = 0:

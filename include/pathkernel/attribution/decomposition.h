@@ -52,7 +52,7 @@ typedef struct pk_decompose_options {
     int bounds;          /* 1: a bound on the error of each A(x, i); costs about four times as much */
     int step_closure;    /* 1: the closure of each step */
     pk_engine engine;    /* for tests and benchmarks */
-    int reverse_time;    /* 1: the reverse-time form also where the optimiser has no state */
+    int reverse_time;    /* 1: the reverse-time form also where the optimizer has no state */
     size_t rows_at_once; /* test rows in one pass over the run; 0: as many as the memory allows */
     /* In parts: passes of a long job that take about so long, by the plan's estimate, so that finished parts survive a
      * cancel. Not shorter than repeats the examples' gradients for a tenth of the time; 0: one pass where the memory

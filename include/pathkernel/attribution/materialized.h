@@ -1,8 +1,8 @@
 /* pathkernel/attribution/materialized.h: what a step contributes through the layers whose Phi is formed: in reverse time all of
  * them, else those where that costs less than the products point by point.
  *
- * Row after row, layer after layer, part after part: Phi, or in reverse time E (recurrence.h), times the factors of the step's
- * examples, added to the row's tiles; these go to the results when a row, or a layer of it, is complete.
+ * For each row, layer and part, Phi or (in reverse time) E (recurrence.h) is multiplied with the factors of the step's
+ * examples and added to the row's tiles. These are added to the results when a row, or one layer of it, is complete.
  */
 #ifndef PATHKERNEL_MATERIALIZED_H
 #define PATHKERNEL_MATERIALIZED_H
@@ -18,15 +18,15 @@
 #include <string.h>
 PK__BEGIN_CODE
 
-/* The factor of a step's inner products. Where a step has no direct part and no groups, E = gain R is not copied: R is
- * contracted in its place, and gain belongs to the factor. */
+/* The factor of a step's inner products. Where a step has no direct part and no groups, E = gain R: then R itself is
+ * multiplied with the examples, and the gain is a part of this factor. */
 static double pk__entry_factor(const pk__worker *worker, const pk_linear_form *form)
 {
     const pk__job *job = worker->job;
     return worker->factor * (job->reverse && !job->grouped && !pk__form_direct(form) ? form->gain : 1);
 }
 
-/* The row's tiles += < e, g_b > of a part. */
+/* Adds < e, g_b > of a part to the row's tiles. */
 static void pk__multiply_part(pk__worker *worker, const pk__part *part, size_t j, const pk_real *e)
 {
     const size_t examples = worker->job->window.batches[j].count;
@@ -36,7 +36,7 @@ static void pk__multiply_part(pk__worker *worker, const pk__part *part, size_t j
                         pk__row_tile(worker, first / PK__EXAMPLE_BLOCK) + part->first * PK__TILE_LD);
 }
 
-/* The part's tiles, tensor by tensor, added to the columns of the nodes that bring these into w. */
+/* Adds the part's products, tensor by tensor, to the columns of by_layer to which the tensors belong. */
 static void pk__multiply_columns(pk__worker *worker, const pk__part *part, size_t j, const pk_real *e)
 {
     const pk__job *job = worker->job;
@@ -54,7 +54,7 @@ static void pk__multiply_columns(pk__worker *worker, const pk__part *part, size_
     }
 }
 
-/* Phi of a part, where it stands or, where it is to be changed, as a copy. */
+/* Phi of a part: where it is stored, or a copy if it will be changed. */
 static pk__phi_view pk__view_phi(pk__worker *worker, const pk__part *part)
 {
     const pk__job *job = worker->job;
@@ -72,7 +72,7 @@ static pk__phi_view pk__view_phi(pk__worker *worker, const pk__part *part)
     return phi;
 }
 
-/* The part of the decay that belongs to the gradients, < E, decay o w >. e: E, or R where it has no gain yet. */
+/* Adds the coupled decay, which is a part of the gradients: < E, decay o w >. e: E, or R where the gain is not in it. */
 static void pk__add_coupled_decay(const pk__worker *worker, const pk__part *part, size_t j, const pk_real *e,
                                   double gain)
 {
@@ -151,7 +151,7 @@ static void pk__materialized_layer(pk__worker *worker, size_t row, size_t layer,
     part.bias = pk__bias_count(part.node);
     part.matrix = part.node->weight_count - part.bias;
     const size_t last = job->first_output + job->output_count;
-    /* Copies of a part should stay in the cache; where R is used as it stands there are none. */
+    /* Parts are small enough for a copy to stay in the cache; where R is used without a copy, a part is everything. */
     const int copied = !job->reverse || job->direct || job->part->bounds != NULL;
     const size_t each = copied ? pk__part_outputs(part.node, job->unit) : job->unit;
     for (size_t unit = job->first_output; unit < last; unit += job->unit) {
@@ -177,7 +177,8 @@ PK__PRIVATE void pk__materialized_layers(pk__worker *worker, size_t j, const pk_
             if (!layer[l].integrated)
                 continue;
             pk__materialized_layer(worker, row, l, j, next);
-            if (job->by_layer && !layer[l].node->shares) /* else each of its tensors went to its own column */
+            if (job->by_layer &&
+                !layer[l].node->shares) /* else each of its tensors has been added to its own column */
                 pk__add_row(worker, row, pk__block_of(job->graph, layer[l].node, 0)->column, j, factor);
         }
         if (!job->by_layer)

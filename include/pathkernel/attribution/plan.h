@@ -2,13 +2,13 @@
  * its memory, what a plan costs, the choice. sweep.h carries it out.
  *
  * A pass goes through all steps with some of the test rows and some of the outputs; windows of steps are prepared
- * before it. No cut shows in the results: blocks of rows, units of outputs and the order of sums depend on shapes
- * alone. What a cut costs:
- *   - each pass reads the run and computes the examples' gradients and the updates again;
- *   - states of the optimiser that were not kept are computed again from those that were (steps.h);
- *   - each slice of the outputs takes the test rows along the path again, because their nodes are judged by all
- *     outputs, and, where the optimiser has no state, contracts them again;
- *   - few blocks of rows and short windows leave threads idle.
+ * before it. The results do not depend on the plan: blocks of rows, units of outputs and the order of sums follow from
+ * shapes alone. What a cut costs:
+ *   - each pass reads the run again and recomputes the examples' gradients and the updates;
+ *   - states of the optimizer that were not saved are recomputed from saved ones (steps.h);
+ *   - each slice of the outputs passes the test rows along the path again, because quadrature nodes are chosen for all
+ *     outputs together; where the optimizer has no state, their products with the examples are repeated, too;
+ *   - with few blocks of rows or short windows some threads have nothing to do.
  */
 #ifndef PATHKERNEL_PLAN_H
 #define PATHKERNEL_PLAN_H
@@ -20,18 +20,20 @@ PK__BEGIN_C
 
 typedef struct pk_plan {
     size_t threads;
-    size_t rows, outputs; /* at most, of a pass; all of them where the memory allows it */
+    size_t rows, outputs; /* the most that one pass has; all, where the memory suffices */
     size_t passes;
     size_t window; /* steps prepared at a time */
     size_t stride,
-        spare;    /* the optimiser's state is kept before every stride-th window, and spare more between */
-    size_t bytes; /* to be held at most, results (in parts: of a part) included */
+        spare; /* the optimizer's state is saved before every stride-th window, and `spare` more between two of these */
+    /* the most memory that is held at one time, including the results (in parts: those of one part) */
+    size_t bytes;
     /* All passes together: */
-    double sweeps;       /* times that the examples' gradients of the whole run are computed; 1 at best */
+    double sweeps;       /* how often the gradients of all examples of the run are computed; 1 at best */
     double weight_bytes; /* read, of the recorded weights */
     double gradient_flops, contraction_flops;
-    /* An estimate, at 35 GF/s a thread: all of it; the examples' side once, and what is computed again of it; the test
-     * rows' way along the path, with the optimiser's state; their contraction. */
+    /* Estimated seconds at 35 GF/s a thread: in total; for computing the examples' side once; for the parts of it that are
+     * recomputed; for taking the test rows along the path, including the optimizer's state; for the products of test rows
+     * and examples. */
     double seconds, seconds_examples, seconds_again, seconds_test, seconds_contraction;
 } pk_plan;
 
@@ -53,12 +55,13 @@ typedef struct pk__worker {
     struct pk__job *job;
     pk__integral integral;
     pk__product product;
-    pk_real *phi, *tensor, /* the same as phi, of one tensor of a layer that shares some */
-        *effective;        /* outputs of a part x weights of its layer; effective where E is no multiple of R */
-    pk_real *tile;         /* of one row: blocks of examples x outputs x PK__TILE_LD; zero between rows */
-    pk_real *bound_tile;   /* with bounds: outputs x PK__TILE_LD */
+    pk_real *phi, *tensor, /* like phi, for one tensor of a layer with tied tensors */
+        *effective; /* outputs of a part x weights of its layer; effective: E, where it is not a multiple of R */
+    pk_real *tile;  /* of one row: blocks of examples x outputs x PK__TILE_LD; zero between rows */
+    pk_real *bound_tile; /* with bounds: outputs x PK__TILE_LD */
     pk_real *left_inputs;
-    /* The step that is computed for a block of rows: the first of its rows, their number; the step; what its products are multiplied with. */
+    /* The step that is being computed for a block of rows: the first row and the number of rows, the step, and the factor
+     * of its products. */
     size_t row, rows, step;
     const pk__examples *batch;
     double factor;
@@ -82,7 +85,7 @@ typedef struct pk__job {
     double unattributed; /* the limit, known with the last weights */
     size_t outputs, block, unit;
     int reverse, decays;
-    int direct;  /* E has a part of its own beside R, or gains of its own by groups */
+    int direct;  /* E is not a multiple of R: it has a direct part, or its gain differs between groups */
     int grouped; /* the run has parameter groups: linear forms by range of w */
     pk__window window;
     pk_matrix inputs;
@@ -94,7 +97,7 @@ typedef struct pk__job {
     pk_real *rows; /* plan.rows x inputs, packed */
     pk_real *gram; /* plan.rows x gram_ld */
     size_t gram_ld;
-    size_t *state_at;       /* layers + 1: numbers of R of an output before a layer's; whole cache lines */
+    size_t *state_at;       /* layers + 1: where R of each layer begins, for one output; in whole cache lines */
     pk_real *reverse_state; /* plan.rows x plan.outputs x state_at[layers]: R */
     pk_real *reverse_error; /* the same: a bound on the error of R */
     /* With an average of the weights, the same of T (run/average.h); the average's last weights, P. */
@@ -103,19 +106,19 @@ typedef struct pk__job {
     pk__row_state *row_state; /* plan.rows */
     double *variation;        /* plan.rows x outputs: sum over the steps of |< Phi_s, D_s >| */
     pk__worker *workers;
-    pk_linear_form *next_forms;        /* of the step after the window */
+    pk_linear_form *next_forms;        /* those of the step after the window */
     size_t first_output, output_count; /* of the pass */
     int by_layer;                      /* results are kept layer by layer */
     pk_decomposition *part;
 } pk__job;
 
-/* A layer's outputs come in parts of a unit that stay in the cache. */
+/* The number of outputs of a layer that are computed together, so few that they stay in the cache. */
 PK__PRIVATE size_t pk__part_outputs(const pk_node *node, size_t unit)
 {
     return pk__max(1, pk__min(unit, ((size_t)1 << 12) / node->weight_count));
 }
 
-/* Kinds of things in memory, in the order in which they are used. Measures and takes. */
+/* All memory of a job, in the order of its use. */
 PK__PRIVATE void pk__job_layout(pk__job *job, pk__arena *arena)
 {
     const pk_graph *graph = job->graph;
@@ -165,7 +168,7 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk__arena *arena)
         pk__integral_take(arena, graph, &job->options->readout, job->block,
                           job->reverse || job->options->engine != PK_ENGINE_FACTORED ? job->plan.outputs : 0,
                           job->unit, job->options->bounds, &job->window.representation, &worker->integral);
-        pk__product_take(arena, &worker->integral, !job->window.representation.materialised, &worker->product);
+        pk__product_take(arena, &worker->integral, !job->window.representation.materialized, &worker->product);
         worker->phi = pk__arena_take(arena, largest, real);
         worker->tensor = pk__arena_take(arena, graph->tied ? largest : 0, real);
         worker->effective = pk__arena_take(arena, job->direct || job->options->bounds ? largest : 0, real);
@@ -186,7 +189,7 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk__arena *arena)
     }
 }
 
-/* Numbers of result per row, in bytes. */
+/* Bytes of results per row. */
 PK__PRIVATE size_t pk__result_bytes(const pk_decomposition *out, const pk_decompose_options *options)
 {
     size_t items = PK__RESULT_VECTORS * out->outputs;
@@ -210,13 +213,14 @@ static size_t pk__plan_bytes(pk__job *job, const pk_plan *plan, size_t rows, siz
     return arena.used + results + 4096; /* headers and rounding of a dozen allocations */
 }
 
-/* What each costs, in seconds of one thread; measured on one machine, where only their proportions matter. */
+/* Seconds of one thread, as measured on one machine. Only their proportions matter. */
 static const double pk__flop_seconds = 1 / 35e9;
 static const double pk__update_seconds =
-    14e-9; /* a parameter and step: D_s, the update again, its linear form */
-static const double pk__advance_seconds = 2e-9; /* the same where only the optimiser's state is wanted */
-static const double pk__state_seconds = 1.3e-9; /* a number of R and step */
-static const double pk__usual_points = 5;       /* quadrature nodes per row and step, about */
+    14e-9; /* for each parameter and step: D_s, the recomputed update and its linear form */
+static const double pk__advance_seconds =
+    2e-9; /* for each parameter and step, where only the optimizer's state is computed */
+static const double pk__state_seconds = 1.3e-9; /* for each number of R and step */
+static const double pk__usual_points = 5;       /* a typical number of quadrature nodes per row and step */
 
 /* The error that a step may have whose kinks are not looked for, as a part of the tolerance: single contributions differ by more
  * than their sum, which is what is measured. */
@@ -276,7 +280,7 @@ static void pk__plan_cost(const pk__job *job, size_t rows, pk_plan *plan)
         plan->seconds_examples + plan->seconds_again + plan->seconds_test + plan->seconds_contraction;
 }
 
-/* What a plan is chosen for. */
+/* What a plan has to fit, and the best plan so far. */
 typedef struct pk__choice {
     size_t rows, row_bytes, available, least;
     int by_pass;
@@ -305,7 +309,7 @@ static size_t pk__next_size(size_t size, size_t last)
     return size >= last ? 0 : pk__min(size + 1 + size / 5, last);
 }
 
-/* Threads, rows, outputs and window are set: chooses the states that are kept. */
+/* Chooses how many states of the optimizer are saved; threads, rows, outputs and window are set. */
 static void pk__choose_states(pk__job *job, pk__choice *choice, pk_plan *plan)
 {
     const size_t windows = pk__blocks(pk__max(job->run->steps, 1), plan->window);
@@ -318,11 +322,11 @@ static void pk__choose_states(pk__job *job, pk__choice *choice, pk_plan *plan)
         (void)pk__consider(job, choice, plan);
         return;
     }
-    /* The cheapest that a plan can be, by keeping all. */
+    /* First the cost without any repetition, with all states saved: no plan is cheaper. */
     pk__plan_cost(job, choice->rows, plan);
     if (choice->best.threads && !(plan->seconds < choice->best.seconds))
         return;
-    /* With three states a run of any length is decomposed in tolerable time, with fewer it is not. */
+    /* With three saved states a run of any length takes a tolerable time, with fewer it does not. */
     const size_t fewest = pk__min(3, windows - 1);
     plan->stride = windows;
     plan->spare = fewest;
@@ -333,7 +337,7 @@ static void pk__choose_states(pk__job *job, pk__choice *choice, pk_plan *plan)
         return;
     size_t states = fewest;
     plan->bytes = pk__plan_bytes(job, plan, choice->rows, choice->row_bytes, choice->by_pass);
-    if (choice->available > plan->bytes + 256) /* what the pieces are rounded up to */
+    if (choice->available > plan->bytes + 256) /* for rounding up to whole cache lines */
         states += pk__min((choice->available - plan->bytes - 256) / (state + sizeof(size_t)), windows);
     for (size_t stride = 1; stride; stride = pk__next_size(stride, windows)) {
         const size_t kept = (windows - 1) / stride;
@@ -359,7 +363,7 @@ static void pk__search_plans(pk__job *job, pk__choice *choice, size_t most, int 
     const size_t all_threads = pk__min((size_t)pk_threads(job->context), tasks);
     pk_plan plan;
     memset(&plan, 0, sizeof plan);
-    /* Where nothing has to be saved: */
+    /* The plan for enough memory: */
     plan.threads = all_threads;
     plan.rows = pk__min(rows, most * job->block);
     plan.outputs = job->outputs;
@@ -402,10 +406,10 @@ static void pk__shorten_passes(pk__job *job, pk__choice *choice)
         *choice = shorter;
 }
 
-/* Where the caller sets no limit: enough for any window to pay, and less than most machines have. */
+/* The limit where the caller sets none: enough for useful windows, and less than most machines have. */
 #define PK__USUAL_MEMORY (SIZE_MAX > 0xffffffffu ? SIZE_MAX >> 32 : SIZE_MAX / 4) /* 4 GiB */
 
-/* Chooses a plan so that everything fits, at the least cost. */
+/* Chooses the cheapest plan that fits into the memory. */
 PK__PRIVATE pk_status pk__job_plan(pk__job *job, size_t rows, size_t row_bytes, int by_pass)
 {
     const size_t limit = job->context ? job->context->memory_limit : 0,
@@ -441,7 +445,7 @@ PK__PRIVATE pk_status pk__job_plan(pk__job *job, size_t rows, size_t row_bytes, 
         held + choice.least);
 }
 
-/* Everything but the plan and the memory. */
+/* Fills in the job, except for the plan and the memory. */
 PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *run, pk_matrix inputs,
                                const pk_decompose_options *options)
 {
@@ -474,13 +478,13 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     job->reverse |= form.preconditioned;
     job->window.representation.outputs = job->outputs;
     job->window.representation.batch = job->window.largest_batch;
-    job->window.representation.materialised =
+    job->window.representation.materialized =
         job->reverse || options->bounds || options->engine == PK_ENGINE_INTEGRATED;
     job->window.representation.factored = options->engine == PK_ENGINE_FACTORED;
-    job->window.representation.known_data = !job->window.representation.materialised; /* job->gram */
+    job->window.representation.known_data = !job->window.representation.materialized; /* job->gram */
     job->direct = job->grouped || (job->reverse && pk__form_direct(&form));
     job->unit = pk__integral_unit(job->outputs, run->graph.spread);
-    /* At least 16 blocks, where there are as many rows, so that few rows keep several threads busy, too. */
+    /* Small jobs are cut into at least 16 blocks, if they have as many rows, so that several threads have work. */
     job->block = pk__min(pk__integral_block(&run->graph, job->outputs),
                          pk__blocks(pk__max(rows ? rows : inputs.rows, 1), 16));
     /* The least memory is that of one block: in reverse time at most about 2^20 numbers, or one row. */

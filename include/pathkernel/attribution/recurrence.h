@@ -27,29 +27,29 @@
 #include <string.h>
 PK__BEGIN_CODE
 
-/* Weights of a layer that Phi keeps apart from its matrix. */
+/* The number of weights of a layer that Phi stores apart from its matrix: its biases. */
 PK__PRIVATE size_t pk__bias_count(const pk_node *node)
 {
     return pk__is_outer(node) && !node->shares && pk__has_bias(node) ? node->width : 0;
 }
 
-/* R of one layer of one row, outputs first .. first + count - 1, in the layout of Phi. */
+/* A part of R: one layer of one row, the outputs [first, first + count), in the layout of Phi. */
 typedef struct pk__part {
     const pk_node *node;
-    size_t layer, row, first, count; /* row of the block */
+    size_t layer, row, first, count; /* row: within the block */
     size_t bias, matrix;             /* weights of each output */
 } pk__part;
 
-/* Phi of a part, as it is stored: matrices, and biases elsewhere (inputs == NULL); or as outer products of cotangents and
- * one row of inputs, and the cotangents times bias_input. */
+/* Phi of a part, as it is stored: either matrices and, apart from them, biases (inputs == NULL); or, in factors, cotangents
+ * and one row of inputs, with bias_input as the input of the biases. */
 typedef struct pk__phi_view {
     const pk_real *matrices, *biases;
     const pk_real *cotangents, *inputs;
     pk_real bias_input;
 } pk__phi_view;
 
-/* R of the weights first .. first + count - 1 of a part a step back, and E where it is wanted. p (out x in, then out): NULL where
- * it is a scalar; state and e: matrices, then biases. */
+/* Takes R of the weights [first, first + count) of a part one step back, and computes E if e is not NULL. p (out x in, then
+ * out) is NULL where it is one number; state and e have matrices, then biases. */
 static void pk__advance_range(const pk__part *part, size_t first, size_t count, const pk_linear_form *form,
                               double carry, const pk_real *p, const pk__phi_view *phi, pk_real *state,
                               pk_real *e)
@@ -75,7 +75,7 @@ static void pk__advance_range(const pk__part *part, size_t first, size_t count, 
     }
 }
 
-/* R of a part a step back, with the linear form of each range of its weights. next: forms of the step behind. */
+/* Takes R of a part one step back, with the linear form of each range of its weights. next: the forms of step s + 1. */
 PK__PRIVATE void pk__advance_state(const pk__job *job, const pk__part *part, const pk_linear_form *forms,
                                    const pk_linear_form *next, const pk_real *p, const pk__phi_view *phi,
                                    pk_real *state, pk_real *e)
@@ -134,7 +134,7 @@ PK__PRIVATE double pk__dot_own(const pk__part *part, size_t k, const pk_real *e,
     return sum;
 }
 
-/* Where R of a part stands: row after row, layer after layer, part after part. */
+/* Where R of a part begins. R is stored by row, then by layer, then by part. */
 PK__PRIVATE size_t pk__state_place(const pk__worker *worker, const pk__part *part)
 {
     const pk__job *job = worker->job;

@@ -69,7 +69,7 @@ typedef struct pk__reference_memory {
     double *lag;                              /* (N + 3) x P: e of each source and of the rest; or NULL */
     double *node, *weight;                    /* nodes: the rule on [0, 1] */
     pk_real *w, *next, *at, *one;             /* P each: w_s, w_{s+1}, w_s + t D_s, one gradient */
-    pk_real *sum, *state, *update;            /* P, V P, P: the optimiser's */
+    pk_real *sum, *state, *update;            /* P, V P, P: the optimizer's */
     pk_real *p;                               /* P */
     pk_real *jacobian, *f;                    /* M C x P, M C */
     double *phi, *gradient, *momentum, *rest; /* M C x P, (N + 2) x P twice, P */

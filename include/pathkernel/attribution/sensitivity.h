@@ -14,7 +14,7 @@
  *     moves infinitely fast; it is counted in `unresolved`, as are several kinks at one place that move differently, and
  *     the closure says what that costs;
  *   - networks with smooth parts below kinks: as well as the kinks are found, which the closure measures.
- * An optimiser with a state runs in reverse time, as in decompose.h, with D rows in place of the outputs.
+ * An optimizer with a state runs in reverse time, as in decompose.h, with D rows in place of the outputs.
  *
  * The singular values of S say in how many directions of the input the attribution moves. (A published signal dimension,
  * OpenReview gZRfDWLlGY, leaves out the derivative of Phi.)
@@ -121,7 +121,7 @@ static void pk__sensing_take(pk__arena *arena, pk__sensing *m)
     m->total = pk__arena_take(arena, D, sizeof(double));
 }
 
-/* Forward: the linear forms of all steps, and, where the optimiser is adaptive, their preconditioners. */
+/* Forward: the linear forms of all steps, and, where the optimizer is adaptive, their preconditioners. */
 static pk_status pk__sensing_forms(pk__sensing *m)
 {
     const pk_run *run = m->run;

@@ -11,9 +11,9 @@
  * the test side is integrated along the step, as in the exact path kernel, so that this is the network and no
  * approximation of it, at every step and for every row. (With J(w_s, x) in place of the integral it is that of the paper.)
  *
- * An optimiser with a state makes D_s a linear function of all gradients so far (optimizer.h, pk_linear_form). Its momentum
- * is then linear in y, too: one vector of P numbers for each target, carried along. Weight decay, a state that the optimiser
- * begins with, and what steps differ by from the declared training, do not depend on y: they go into c.
+ * An optimizer with a state makes D_s a linear function of all gradients so far (optimizer.h, pk_linear_form). Its momentum
+ * is then linear in y, too: one vector of P numbers for each target, carried along. Weight decay, and what steps differ
+ * by from the declared training, do not depend on y: they go into c.
  */
 #ifndef PATHKERNEL_SMOOTHER_H
 #define PATHKERNEL_SMOOTHER_H
@@ -54,7 +54,7 @@ typedef struct pk_smoother {
     double seconds;
 } pk_smoother;
 
-/* The smoother of a run with the loss squared or mean_squared, under any optimiser. inputs: M x D test rows, or no data: M = 0.
+/* The smoother of a run with the loss squared or mean_squared, under any optimizer. inputs: M x D test rows, or no data: M = 0.
  * *out is zeroed first; release it also after PK_NOT_CLOSED (computed, but the residual exceeds the tolerance; not where
  * first_order is set) and PK_UNATTRIBUTED (computed, but the recorded weights are not those of the declared training).
  * Cost a step: the Jacobians of the batch, those of all rows at the quadrature's nodes, and about

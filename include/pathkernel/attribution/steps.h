@@ -1,10 +1,10 @@
 /* pathkernel/attribution/steps.h: the train side of an attribution: windows of consecutive steps of a run with their
  * weights, the gradients of their examples, and their updates, recomputed and in linear form.
  *
- * A window is prepared as a whole, in parallel over steps and blocks of examples; its length never shows in
- * the results. An optimiser with state is followed forward once, its state kept at the start of every stride-th
- * window; on the way back to a window between, spare more states are kept where they save most (run/revisit.h), so that any
- * number of steps can be visited in reverse with few states.
+ * A window is prepared as a whole, in parallel over steps and blocks of examples; the results do not depend on its length.
+ * An optimizer with a state is followed forward once, and its state is saved at the start of every stride-th window. On
+ * the way back to a window between two of these, up to `spare` more states are saved where they avoid most of the repeated
+ * work (run/revisit.h). A few states are thus enough to visit any number of steps in reverse.
  */
 #ifndef PATHKERNEL_STEPS_H
 #define PATHKERNEL_STEPS_H
@@ -19,22 +19,25 @@
     !defined(PATHKERNEL_STEPS_INTERNALS_KNOWN)
 #define PATHKERNEL_STEPS_INTERNALS_KNOWN
 /* >>> internals */
-/* A rule that is decomposed by in place of the exact one, for comparing them (compare.h): one point of each step, for the test
- * rows and for the examples. Zeroed: exact. The optimiser's linear form is that of the run, and so is what is unattributed,
- * D_s - its update. */
+/* A rule that replaces the exact one, so that rules can be compared (compare.h): it takes derivatives at one point of each
+ * step, for the test rows and for the examples. A zeroed structure means the exact rule. The optimizer's linear form and
+ * the unattributed part, D_s minus the update, are always those of the run. */
 typedef struct pk__approximation {
     /* J of the test rows is taken at w_s(at) = w_s + at D_s only, or at weights of their own, instead of along the step: */
     int at_one_point;
     double at;
     const pk_real *weights; /* graph->spread numbers, or NULL */
-    size_t chosen; /* in so many equally spaced steps, times steps / chosen; in the others it is 0. 0: all */
+    /* the rule uses only this many equally spaced steps, each with the factor steps / chosen; 0: all steps */
+    size_t chosen;
     /* df/dw of the examples is taken at w_s(examples_at) instead of w_s, dl/df too or at w_s: */
     int examples_move, seeds_stay;
     double examples_at;
-    size_t rows; /* the rows are some of so many, and are cut into blocks as those are; 0: they are all */
+    /* the number of rows of the whole job, of which these are some; blocks are cut as for all of them; 0: these are all
+     * rows */
+    size_t rows;
 } pk__approximation;
 
-/* Step number k of those that are chosen, and whether a step is one of them. */
+/* The k-th chosen step, and whether a given step is chosen. */
 PK__INTERNAL size_t pk__chosen_step(size_t steps, size_t chosen, size_t k);
 PK__INTERNAL int pk__is_chosen(size_t steps, size_t chosen, size_t step);
 
@@ -42,12 +45,13 @@ typedef struct pk__window {
     const pk_run *run;
     /* Of the run: */
     size_t parameters, largest_batch, state_vectors;
-    int preconditioned; /* each parameter is scaled on its own: by the optimiser, or since there are parameter groups */
-    int adaptive;  /* the optimiser's second moments scale it */
-    int decoupled; /* with groups: `decayed` is what their decoupled decay takes; else a part of the gradients */
-    size_t moments;    /* the state vector that recorded second moments take the place of */
-    size_t form_count; /* forms of a step: of tensors in no group, then of each group */
-    /* The caller's, after pk__steps_begin: */
+    int preconditioned; /* p_s differs between parameters: because of the optimizer, or because of parameter groups */
+    int adaptive;       /* the optimizer divides by second moments of its gradients */
+    int decoupled; /* with groups: `decayed` is their decoupled decay; else their decay is a part of the gradients */
+    size_t moments; /* the index of the state vector that recorded second moments replace */
+    /* linear forms of a step: that of the tensors outside all groups, then one for each group */
+    size_t form_count;
+    /* Set by the caller after pk__steps_begin: */
     pk__representation representation;
     const pk__approximation *approximation; /* or NULL */
     const pk_average *average;              /* of the weights, whose path the test rows take; or NULL */
@@ -84,36 +88,37 @@ typedef struct pk__window {
     pk__examples *examples, *magnitudes; /* magnitudes: see pk__examples_magnitude, or NULL */
     /* Private: */
     pk_real *gradient; /* count x partial_sums x spread; the first of a step becomes its whole gradient */
-    /* In parts of PK__STATE_PART parameters; with bounds, two more states behind the first: of perturbed gradients. Then the
-     * vectors of the average. */
+    /* In parts of PK__STATE_PART parameters. With bounds two more states follow the first: those of an optimizer that
+     * receives perturbed gradients. */
     pk_real *state, *update;
     pk__checkpoints checkpoints; /* of the state, by window */
     pk_real *perturbed;          /* spread + 2 P */
     pk_real *perturbed_weights;  /* with bounds: count x spread */
-    pk_real *moved_weights;      /* where the examples of an approximation move: count x spread */
-    size_t states;               /* 1, or 3: with optimisers whose gradients are perturbed */
-    size_t advanced;             /* windows gone through only for the state */
+    /* count x spread: the weights at which an approximation takes the examples' gradients, where these are not w_s */
+    pk_real *moved_weights;
+    size_t states;   /* 1, or 3 with the two states of perturbed gradients */
+    size_t advanced; /* windows that were computed again for the optimizer's state alone */
     pk__example_workspace *workspaces;
-    double *seconds; /* a thread's on examples */
+    double *seconds; /* of each thread, spent on examples */
     double seconds_read;
     pk_replay replay; /* of runs that keep only every k-th step */
 } pk__window;
 
-/* What of a run matters here: reads the batches' sizes. */
+/* Reads the batch sizes, which decide how much memory a window needs, and what the optimizer does. */
 PK__INTERNAL void pk__steps_begin(const pk_run *run, pk__window *window);
-/* Takes windows of up to capacity steps for threads threads. stride: keep the optimiser's state at the start of every
- * stride-th window and spare more between two of them, so that windows can be visited backwards; 0: do not. bounds: have
- * what bounds need. */
+/* Takes the memory for windows of up to `capacity` steps and for `threads` threads. With stride > 0 the optimizer's state
+ * is saved at the start of every stride-th window, and up to `spare` more states between two of these, so that windows can
+ * be visited backwards. bounds: also takes what bounds need. */
 PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t stride, size_t spare, size_t threads,
                                  int bounds, pk__window *window);
-/* Prepares the steps first .. first + count - 1, going on from the optimiser's state as it is. Cost about 8 P
- * flops an example. */
+/* Prepares the steps [first, first + count), starting from the optimizer's present state. Costs about 8 P flops for each
+ * example. */
 PK__INTERNAL PK__MUST_USE pk_status pk__steps_prepare(pk_context *context, pk__window *window, size_t first,
                                                       size_t count);
-/* Goes through the run once and keeps the states. */
+/* Goes through the run once and saves the states. */
 PK__INTERNAL PK__MUST_USE pk_status pk__steps_save_states(pk_context *context, pk__window *window);
-/* Prepares window number index (after pk__steps_save_states where the optimiser has a state): going on from the nearest
- * state that was kept. Cheap for the window before the one that was visited last, see pk__checkpoints_again. */
+/* Prepares window number index, starting from the nearest saved state (where the optimizer has a state, after
+ * pk__steps_save_states). This is cheap for the window before the last one that was visited, see pk__checkpoints_again. */
 PK__INTERNAL PK__MUST_USE pk_status pk__steps_visit(pk_context *context, pk__window *window, size_t index);
 /* <<< internals */
 #endif
@@ -125,10 +130,10 @@ PK__INTERNAL PK__MUST_USE pk_status pk__steps_visit(pk_context *context, pk__win
 #include <string.h>
 PK__BEGIN_CODE
 
-/* Parameters that are updated together: a few vectors of them fit the cache. The optimiser's state stands part by part,
- * each part's vectors one behind the other. */
+/* The number of parameters that are updated together, so few that several vectors of them fit into the cache. The
+ * optimizer's state is stored part by part; within a part its vectors follow each other. */
 enum { PK__STATE_PART = 4096 };
-/* Numbers that are read or updated, at least, where several threads share that. */
+/* The least number of parameters for which several threads share the reading or the update. */
 enum { PK__WINDOW_WORTH = 1 << 18 };
 
 static int pk__has_moments(const pk__window *window)
@@ -181,7 +186,7 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     window->transposed = pk__pass_transposes(graph) ? pk__arena_take(arena, spread, 2 * real) : NULL;
     window->remainder = pk__arena_take(arena, all, real);
     window->preconditioner = window->preconditioned ? pk__arena_take(arena, all, real) : NULL;
-    /* Recorded moments are no result of gradients here: they have no error of their own. */
+    /* Recorded moments are not computed from gradients here, so they have no rounding error from them. */
     window->states = bounds && window->adaptive && !pk__has_moments(window) ? 3 : 1;
     window->preconditioner_error = window->states == 3 ? pk__arena_take(arena, all, real) : NULL;
     window->perturbed = window->states == 3 ? pk__arena_take(arena, window->spread + 2 * P, real) : NULL;
@@ -314,8 +319,8 @@ static pk_status pk__load_window(pk_context *context, pk__window *window, int ad
     return PK_OK;
 }
 
-/* Gradients of the examples of every step of the window, and their partial sums, each of consecutive
- * blocks of examples in order. */
+/* Computes the gradients of the examples of every step of the window, and partial sums of them, each over consecutive
+ * blocks of examples in ascending order. */
 static void pk__fill_window(pk_context *context, pk__window *window)
 {
     const pk_run *run = window->run;
@@ -354,7 +359,8 @@ static void pk__fill_window(pk_context *context, pk__window *window)
     pk__team_end(&team);
 }
 
-/* The gradients of the examples where an approximation wants them, after the update was computed again from those at w_s. */
+/* Computes the examples' gradients at the weights that an approximation asks for, after the update has been recomputed from
+ * those at w_s. */
 static void pk__move_examples(pk_context *context, pk__window *window)
 {
     const pk_run *run = window->run;
@@ -385,28 +391,29 @@ static void pk__move_examples(pk_context *context, pk__window *window)
     pk__team_end(&team);
 }
 
-/* The second moments that were recorded, into the place of p: what the optimiser did divide by, while a recomputed
- * moment of gradients that nearly cancel has few digits in common with that of a float32 run. */
+/* Copies the recorded second moments to p. These are what the optimizer really divided by; a recomputed moment of gradients
+ * that nearly cancel agrees with that of a float32 run in a few digits only. */
 static pk_status pk__read_moments(pk_context *context, pk__window *window, size_t j)
 {
     const size_t step = window->first + j;
     return pk_run_second_moments(context, window->run, step, window->preconditioner + j * window->pitch);
 }
 
-/* D_s from its linear form, of count parameters. */
+/* Computes D_s of `count` parameters from the linear form. */
 static void pk__update_from_form(const pk_linear_form *form, double scale, size_t count, const pk_real *p,
                                  const pk_real *m, const pk_real *gradient, const pk_real *weights,
                                  pk_real *update)
 {
-    const double enter = form->negated ? -form->enter : form->enter; /* m is the optimiser's */
+    /* m is the optimizer's own momentum, whose sign does not change. */
+    const double enter = form->negated ? -form->enter : form->enter;
     for (size_t i = 0; i < count; i++)
         update[i] = (pk_real)(-p[i] * (enter * m[i] +
                                        form->direct * (scale * gradient[i] + form->coupled * weights[i])) -
                               form->decoupled * weights[i]);
 }
 
-/* The updates of the window's steps recomputed from their gradients, of count parameters from first on: u_s, and the
- * optimiser's linear form; or only its state. */
+/* Recomputes the updates of the window's steps from their gradients, for the parameters [first, first + count): u_s and the
+ * optimizer's linear form, or its state alone. */
 static void pk__recompute_updates(pk__window *window, size_t first, size_t count, int advance, pk_real *update)
 {
     const pk_run *run = window->run;
@@ -455,9 +462,9 @@ static void pk__recompute_updates(pk__window *window, size_t first, size_t count
     }
 }
 
-/* How far p_s may be off: Adam divides by the root of the mean of squared gradients, and a gradient that nearly
- * cancels has few digits. Two more optimisers get gradients that are smaller and larger by their rounding allowance; p
- * falls with the gradients' size, and the larger difference to their p is the error. */
+/* Estimates the error of p_s. Adam divides by the root of a mean of squared gradients, and a gradient that nearly cancels
+ * has few correct digits. Two more optimizers receive gradients that are smaller and larger by the rounding allowance.
+ * Since p falls as the gradients grow, the larger of the two differences to p is the error. */
 static void pk__perturb_update(pk__window *window, size_t j, int advance)
 {
     const pk_run *run = window->run;
@@ -557,7 +564,7 @@ static void pk__spread_updates(pk__window *window)
     }
 }
 
-/* The scalars of a step's linear forms. */
+/* Computes the scalars of a step's linear forms. */
 static void pk__window_forms(const pk__window *window, size_t step, pk_linear_form *forms)
 {
     const pk_run *run = window->run;
@@ -707,7 +714,8 @@ PK__INTERNAL pk_status pk__steps_save_states(pk_context *context, pk__window *wi
     return status;
 }
 
-/* The state before window number index: from the nearest one that is there, leaving spare ones on the way. */
+/* Computes the state before window number index from the nearest earlier one that is saved, and saves spare states on the
+ * way. */
 static pk_status pk__find_state(pk_context *context, pk__window *window, size_t index)
 {
     pk__checkpoints *checkpoints = &window->checkpoints;

@@ -92,7 +92,7 @@ static pk_status pk__predict_ends(pk__job *job)
     return PK_OK;
 }
 
-/* Gram matrix of the pass's rows and the training inputs: the first layer's share, the same at every step. */
+/* Computes the Gram matrix of the pass's rows and the training inputs, which the first layer uses at every step. */
 static void pk__fill_gram(pk__job *job)
 {
     const size_t in = job->graph->input_width, N = job->run->examples;
@@ -148,7 +148,7 @@ static pk_status pk__read_rows(pk__job *job)
     return PK_OK;
 }
 
-/* Everything that a sweep starts with. What does not depend on the outputs of the pass is done with the first of them. */
+/* Prepares a sweep. What does not depend on the outputs of the pass is computed for the first slice of them only. */
 static pk_status pk__sweep_prepare(pk__job *job)
 {
     const size_t blocks = pk__blocks(job->part->rows, job->block);
@@ -186,7 +186,7 @@ static pk_status pk__sweep_prepare(pk__job *job)
 
 /* ---- after a step ------------------------------------------------------------------------------------- */
 
-/* What a step adds beside its examples, and its own closure. */
+/* Adds what a step contributes besides its examples, and computes its closure. */
 static void pk__close_step(pk__worker *worker, pk__block_state *block, size_t j)
 {
     pk__job *job = worker->job;
@@ -211,7 +211,8 @@ static void pk__close_step(pk__worker *worker, pk__block_state *block, size_t j)
             part->decay[cell] -= linear * worker->integral.along[2][i];
         if (part->step_closure)
             part->step_closure[cell * part->steps + step] = closure;
-        /* Of equals the first step, then the first row, in whatever order they are met. */
+        /* Ties go to the earliest step, then to the lowest row, so that the result does not depend on the order in which
+         * threads find them. */
         const size_t row = part->first_row + worker->row + i / job->outputs;
         const int before = step < block->worst_step || (step == block->worst_step && row < block->worst_row);
         if (pk__worse(fabs(closure), block->worst) || (fabs(closure) == block->worst && before)) {
@@ -224,8 +225,8 @@ static void pk__close_step(pk__worker *worker, pk__block_state *block, size_t j)
 
 /* ---- the loop ----------------------------------------------------------------------------------------- */
 
-/* The products of the points in memory with the examples of the step, layer by layer, added to the results; tiles of several
- * layers as one, where no result is kept by layer. */
+/* Adds the products of the points in memory with the examples of the step to the results, layer by layer. The tiles of all
+ * layers are added at once, unless some result is kept by layer. */
 static void pk__add_products(pk__worker *worker, const pk__points *points)
 {
     pk__product *product = &worker->product;
@@ -244,7 +245,7 @@ static void pk__add_products(pk__worker *worker, const pk__points *points)
     product->seconds += pk__seconds() - start;
 }
 
-/* Takes the test rows' derivatives where an approximation wants them. */
+/* Sets the weights at which an approximation takes the test rows' derivatives. */
 static void pk__approximate_step(pk__worker *worker, pk__integral_step *step)
 {
     const pk__job *job = worker->job;
@@ -307,7 +308,7 @@ static void pk__begin_block(pk__worker *worker, size_t number)
     integrator->point_count = integrator->split_pieces = integrator->refused = 0;
 }
 
-/* What a block of rows has cost. The points are the same for every slice of the outputs. */
+/* Counts what a block of rows took. The points are the same for every slice of the outputs, so they count once. */
 static void pk__end_block(const pk__worker *worker, pk__block_state *block)
 {
     const pk__integrator *integrator = &worker->integral.integrator;
@@ -359,12 +360,12 @@ static void pk__sweep_block(pk__worker *worker, size_t number)
         pk__seconds() - begin - (worker->integral.seconds + worker->product.seconds - before);
 }
 
-/* The whole run, for the outputs first_output .. first_output + output_count - 1 of the part's rows. done and share: where in the
- * whole this is, for the progress. */
+/* Goes through the whole run for the outputs [first_output, first_output + output_count) of the part's rows. done and share
+ * tell which part of the job this is, for the progress. */
 static pk_status pk__sweep_windows(pk__job *job, double done, double share)
 {
     const size_t blocks = pk__blocks(job->part->rows, job->block), steps = job->run->steps;
-    /* Without a state, steps that an approximation does not choose matter to nothing. */
+    /* Without a state, the steps that an approximation does not choose need not be computed. */
     const pk__approximation *how = job->options->approximation;
     const size_t chosen = how && !job->reverse && steps ? how->chosen : 0;
     const size_t windows = chosen ? chosen : job->window.windows;
@@ -387,7 +388,7 @@ static pk_status pk__sweep_windows(pk__job *job, double done, double share)
     return status;
 }
 
-/* Sweep after sweep, all outputs of the part's rows: done and share of the whole are theirs. */
+/* Runs one sweep for each slice of the outputs of the part's rows. done and share as above. */
 PK__PRIVATE pk_status pk__sweep_outputs(pk__job *job, double done, double share)
 {
     const size_t outputs = job->outputs;

@@ -1,4 +1,4 @@
-/* pathkernel/attribution/walk.h: a run's optimiser followed step by step from the start: the linear form of each step, for
+/* pathkernel/attribution/walk.h: a run's optimizer followed step by step from the start: the linear form of each step, for
  * analyses that go forward through a run and hold one step at a time.
  */
 #ifndef PATHKERNEL_WALK_H
@@ -16,15 +16,18 @@ PK__BEGIN_COLD_CODE
 
 typedef struct pk__walk {
     const pk_run *run;
-    const pk_parameter_range *range; /* of parameters in one group: all of them where there are no groups */
+    /* ranges of parameters that belong to one group; one range of all, without groups */
+    const pk_parameter_range *range;
     size_t range_count;
     pk_parameter_range all;
-    pk_linear_form *forms; /* of the step: of parameters in no group, then of each group */
-    pk_real *gradient;     /* P: the caller's, scaled as the step's was */
-    pk_real *state, *p;    /* V P, P: the optimiser's vectors, the preconditioner of the step */
+    /* linear forms of the step: that of the parameters outside all groups, then one for each group */
+    pk_linear_form *forms;
+    /* P: the gradient of the step, filled in by the caller, with the step's gradient scale */
+    pk_real *gradient;
+    pk_real *state, *p; /* V P, P: the optimizer's vectors, the preconditioner of the step */
 } pk__walk;
 
-/* The arena's memory is zero where the walk starts. */
+/* The memory must be zero, which is the state before the first step. */
 PK__PRIVATE void pk__walk_take(pk__arena *arena, const pk_run *run, pk__walk *walk)
 {
     const size_t P = run->parameters,
@@ -76,7 +79,8 @@ PK__PRIVATE pk_status pk__walk_step(pk_context *context, pk__walk *walk, size_t 
     return status;
 }
 
-/* Whether gradients are divided by moments of earlier ones, so that forms need the gradients of all steps before. */
+/* Whether the optimizer divides by moments of earlier gradients, so that the linear form of a step depends on the gradients
+ * of all steps before it. */
 PK__PRIVATE int pk__walk_adapts(const pk_run *run)
 {
     pk_linear_form form;
@@ -84,7 +88,7 @@ PK__PRIVATE int pk__walk_adapts(const pk_run *run)
     return form.preconditioned;
 }
 
-/* The form of parameter number p; p grows from call to call, *range starts at 0. */
+/* The linear form of parameter number p. *range is 0 before the first call, and p grows from call to call. */
 PK__PRIVATE const pk_linear_form *pk__walk_form(const pk__walk *walk, size_t p, size_t *range)
 {
     while (p >= walk->range[*range].first + walk->range[*range].count)
@@ -92,7 +96,7 @@ PK__PRIVATE const pk_linear_form *pk__walk_form(const pk__walk *walk, size_t p, 
     return &walk->forms[walk->range[*range].group];
 }
 
-/* Examples of the largest batch of a run. */
+/* The number of examples in the largest batch of a run. */
 PK__PRIVATE size_t pk__largest_batch(const pk_run *run)
 {
     size_t largest = 0;

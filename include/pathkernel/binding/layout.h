@@ -6,6 +6,7 @@
  */
 #ifndef PATHKERNEL_LAYOUT_H
 #define PATHKERNEL_LAYOUT_H
+#include "../attribution/compare.h"
 #include "../kernels/nodes.h"
 #include "../run/train.h"
 

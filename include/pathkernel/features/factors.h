@@ -14,15 +14,16 @@
 #define PATHKERNEL_FACTORS_INTERNALS_KNOWN
 /* >>> internals */
 /* What decides how the gradients of a layer that is used at several places (a convolution, a dense layer on tokens) are
- * represented: as one outer product for each place, or by rows, materialised. */
+ * represented: as one outer product for each place, or materialized number by number ("by rows"). */
 typedef struct pk__representation {
-    size_t outputs, batch; /* that a test row and a step have */
-    int materialised; /* Phi is needed as a whole: stateful optimisers, bounds, or because the caller says so */
-    int factored;     /* else: never materialise where that can be avoided */
-    int known_data; /* what the network's inputs are multiplied with is known: examples' inputs are not needed as factors */
+    size_t outputs, batch; /* the outputs of a test row; the examples of a step */
+    int materialized; /* Phi is needed as a whole: stateful optimizers, bounds, or because the caller says so */
+    int factored;     /* otherwise: do not materialize unless it is unavoidable */
+    /* the products of the network's inputs with the examples' are known, so that the latter are not needed as factors */
+    int known_data;
 } pk__representation;
 
-/* 1: gradients of the examples are materialised for the node's weights. Where Phi is, too, that costs fewest flops, as
+/* 1: gradients of the examples are materialized for the node's weights. Where Phi is, too, that costs fewest flops, as
  * long as a step's gradients fit into 256 MiB; else by flops a row and step with five points, where a Hadamard product
  * of one number counts as 8. */
 PK__INTERNAL int pk__layer_by_rows(const pk__representation *representation, const pk_node *node);
@@ -55,11 +56,11 @@ PK__INTERNAL void pk__examples_perturb(size_t count, const pk_real *weights, pk_
  * they depend on relative changes of the weights. pk__rounding_allowance times to then holds what rounding leaves of the
  * gradients, also where a loss is nearly zero or terms cancel on the way back. */
 PK__INTERNAL void pk__examples_magnitude(const pk__examples *from, const pk_graph *graph, pk__examples *to);
-/* sum (graph->spread) += sum over the examples of their gradients, of each use of a tensor. */
+/* sum (graph->spread) += the sum of the examples' gradients, separately for each use of a tied tensor. */
 PK__INTERNAL void pk__examples_sum(const pk__examples *examples, const pk_graph *graph, pk_real *sum);
 /* The rounding allowance of a gradient, relative to its size: c eps, c = 16 nodes + 2 sum over layers (inputs + outputs). */
 PK__INTERNAL double pk__rounding_allowance(const pk_graph *graph);
-/* Memory of one thread to fill examples, at most rows <= PK__EXAMPLE_BLOCK at a time. */
+/* Memory with which one thread fills examples, at most `rows` <= PK__EXAMPLE_BLOCK at a time. */
 typedef struct pk__example_workspace {
     pk__tape tape;
     pk_real *inputs, *targets, *row_gradients;
@@ -111,7 +112,7 @@ PK__INTERNAL int pk__layer_by_rows(const pk__representation *representation, con
         return 0;
     if (node->tangent_form != PK_TANGENT_OUTER)
         return 1;
-    if (representation->materialised)
+    if (representation->materialized)
         return representation->batch <= ((size_t)1 << 25) / node->weight_count;
     const double places = (double)node->positions, in = (double)node->fan_in, out = (double)node->fan_out;
     const double outputs = (double)representation->outputs, batch = (double)representation->batch, points = 5;
@@ -148,7 +149,7 @@ PK__INTERNAL void pk__examples_take(pk__arena *arena, const pk_graph *graph, siz
     }
 }
 
-/* Examples that go through the network at one time: a block of them, or about 2^20 numbers of values. */
+/* The number of examples that go through the network at one time: a block of them, or about 2^20 values. */
 static size_t pk__example_rows(const pk_graph *graph)
 {
     size_t numbers = 1;
@@ -238,7 +239,7 @@ PK__INTERNAL void pk__examples_perturb(size_t count, const pk_real *weights, pk_
     }
 }
 
-/* Twice the change that was seen: random changes are half as large as they may be. */
+/* The observed change counts twice, because random changes are half as large as the largest on average. */
 PK__INTERNAL void pk__examples_magnitude(const pk__examples *from, const pk_graph *graph, pk__examples *to)
 {
     for (size_t l = 0; l < graph->layers; l++) {
@@ -267,7 +268,7 @@ PK__INTERNAL void pk__examples_sum(const pk__examples *examples, const pk_graph 
                     to[i] += examples->rows[l][i * ld + b];
             continue;
         }
-        /* A panel's place q after the other: the features of a panel stand by places. */
+        /* One place of a panel after the other, because the features of a panel are sorted by place. */
         for (size_t q = 0; q < pk__blocks(count, PK_PANEL) * node->positions; q++) {
             const pk_real *input = examples->input[l] + q * in * PK_PANEL;
             const pk_real *cotangent = examples->cotangent[l] + q * out * PK_PANEL;
@@ -279,7 +280,7 @@ PK__INTERNAL void pk__examples_sum(const pk__examples *examples, const pk_graph 
     }
 }
 
-/* The factors of count examples from column first on; room: places x (fan_in + fan_out). */
+/* Stores the factors of `count` examples in the columns from `first` on. room: places x (fan_in + fan_out) numbers. */
 static void pk__fill_places(const pk__tape *tape, const pk_node *node, size_t count, pk_real *room,
                             pk__examples *examples, size_t first)
 {
@@ -291,7 +292,7 @@ static void pk__fill_places(const pk__tape *tape, const pk_node *node, size_t co
     }
 }
 
-/* Columns first .. first + count - 1, as many as the workspace holds. */
+/* Fills the columns [first, first + count), at most as many as the workspace holds. */
 static void pk__fill_rows(pk__examples *examples, const pk_graph *graph, const pk_criterion *criterion,
                           const pk_real *seeds_at, const pk_real *weights, const pk_dataset *data,
                           const pk_batch *batch, size_t first, size_t count, pk__example_workspace *workspace,

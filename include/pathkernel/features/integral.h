@@ -8,9 +8,9 @@
  *     }
  *     pk__integral_end(&integral);
  *
- * Points come from the quadrature (path/integrator.h) in batches, and of a batch as many at a time as can be reversed together.
- * After the last ones, `along` holds the products with the step's directions, and Phi can be read, row by row, of the layers of
- * which it is kept or is an outer product.
+ * The quadrature (path/integrator.h) gives points in batches, which are cut into parts that are reversed together. After
+ * the last part `along` holds the products with the step's directions, and pk__integral_row_phi gives Phi, row by row, of
+ * the layers whose Phi is stored or is an outer product.
  */
 #ifndef PATHKERNEL_INTEGRAL_H
 #define PATHKERNEL_INTEGRAL_H
@@ -24,10 +24,10 @@
     !defined(PATHKERNEL_INTEGRAL_INTERNALS_KNOWN)
 #define PATHKERNEL_INTEGRAL_INTERNALS_KNOWN
 /* >>> internals */
-/* Starts with a step. */
+/* Starts a step. */
 PK__INTERNAL void pk__integral_begin(pk__integral *integral, const pk__integral_step *step);
-/* The next points, those of a row side by side, valid until the next call; 0 where there are no more. The last ones, perhaps
- * none, have `last` set. */
+/* Sets *points to the next points, those of a row side by side, which are valid until the next call; returns 0 after the
+ * last ones. The last points, which may be none, have `last` set. */
 PK__INTERNAL int pk__integral_next(pk__integral *integral, const pk__points **points);
 /* Values and cotangents of the network at the points. */
 PK__INTERNAL void pk__integral_pass(pk__integral *integral, const pk__points *points);
@@ -62,7 +62,7 @@ static size_t pk__use_index(const pk_parameter_tensor *tensor, size_t i)
     return tensor->transposed ? i % rows * cols + i / rows : i;
 }
 
-/* Sums over the uses of a weight block, in all of them: of Phi, or of its error. */
+/* Replaces Phi (or its error) of every use of a weight block by the sum over its uses. */
 static void pk__share_block(const pk__integral *integral, const pk_weight_block *block, int error)
 {
     const pk_node *nodes = integral->graph->nodes, *own = &nodes[block->uses[0].node];
@@ -86,8 +86,8 @@ static void pk__share_block(const pk__integral *integral, const pk_weight_block 
         }
 }
 
-/* Of a graph with ties: Phi of each use of a shared tensor becomes the sum over all of its uses, so that its product with the
- * gradients of the uses is that of the sums; its error likewise. */
+/* For a graph with ties: Phi of each use of a tied tensor becomes the sum over all its uses, so that its product with the
+ * gradients of the uses is the product of the sums. Its error likewise. */
 static void pk__share_tensors(pk__integral *integral)
 {
     const pk_graph *graph = integral->graph;
@@ -121,7 +121,7 @@ PK__INTERNAL void pk__integral_begin(pk__integral *integral, const pk__integral_
             memset(layer->delta, 0, rows * outputs * layer->node->width * real);
         if (layer->input)
             memset(layer->input, 0, rows * layer->node->fan_in * real);
-        /* Elsewhere Phi starts with the row's first points: every row has some. */
+        /* Else Phi is set, rather than added to, by the row's first points; every row has some. */
         if (layer->kind != PK__LAYER_ROWS)
             continue;
         memset(layer->phi, 0, numbers * real);
@@ -243,7 +243,7 @@ PK__INTERNAL void pk__integral_end(pk__integral *integral)
 
 /* ---- Phi of a row ------------------------------------------------------------------------------------------ */
 
-/* Where matrices and biases of the outputs from first on of one row of phi stand, for a layer that has it stored. */
+/* Where the matrices and biases of one row of phi begin, for the outputs from `first` on of a layer whose Phi is stored. */
 PK__PRIVATE void pk__row_view(const pk__integral *integral, size_t layer, size_t row, size_t first,
                               const pk_real **matrices, const pk_real **biases)
 {
@@ -256,8 +256,8 @@ PK__PRIVATE void pk__row_view(const pk__integral *integral, size_t layer, size_t
     *biases = from + integral->output_count * matrix + first * bias;
 }
 
-/* The outputs first .. first + count - 1 of one row of phi (or check, size), whose matrix and bias parts of all chosen
- * outputs stand one behind the other. */
+/* Copies the outputs [first, first + count) of one row of phi (or check, size), which has the matrices of all chosen
+ * outputs and then their biases. */
 static void pk__row_outputs(const pk__integral *integral, size_t layer, size_t row, size_t first, size_t count,
                             const pk_real *from, pk_real *to)
 {
@@ -273,7 +273,7 @@ static void pk__row_outputs(const pk__integral *integral, size_t layer, size_t r
 }
 
 /* The factors of one row's Phi of a layer whose sum over points is taken first: cotangents of the outputs from first on (x
- * layer outputs) and inputs. Returns what stands in the place of an input for the bias. */
+ * layer outputs) and inputs. Returns the number that acts as the input of the bias. */
 PK__PRIVATE pk_real pk__row_factors(const pk__integral *integral, size_t layer, size_t row, size_t first,
                                     const pk_real **cotangents, const pk_real **inputs)
 {

@@ -1,9 +1,9 @@
-/* pathkernel/features/layers.h: what is kept of each layer while the gradients of a block of test rows' outputs are
- * integrated along a step, and the memory for it.
+/* pathkernel/features/layers.h: what is stored of each layer while the gradients of the outputs of a block of test rows
+ * are integrated along a step, and the memory for it.
  *
  * A layer whose weights are W and whose input is a has the gradient delta (x) a, delta being the cotangent of what it computes;
- * its integral is Phi = sum_p w_p delta_p (x) a_p over the points p of the quadrature. Phi itself is large. What is kept depends
- * on what changes along the step (pk__layer_kind):
+ * its integral is Phi = sum_p w_p delta_p (x) a_p over the points p of the quadrature. Phi itself is large. What is stored
+ * depends on what changes along the step (pk__layer_kind):
  *   - the input does not (the layer is on data): sum_p w_p delta_p, and the input;
  *   - the cotangent does not (everything behind the layer is linear): sum_p w_p a_p, and the cotangent;
  *   - both do: nothing, where each point is multiplied with the examples' factors while it is in memory (product.h); or Phi,
@@ -22,7 +22,7 @@ typedef enum pk_engine {
     PK_ENGINE_AUTO,      /* the cheapest by the cost model */
     PK_ENGINE_FACTORED,  /* Hadamard products at each point */
     PK_ENGINE_HEAD,      /* the outputs taken out of the sum over points, where a layer allows it */
-    PK_ENGINE_INTEGRATED /* Phi materialised; the only one for stateful optimisers and PK_TANGENT_ROWS */
+    PK_ENGINE_INTEGRATED /* Phi materialized; the only one for stateful optimizers and PK_TANGENT_ROWS */
 } pk_engine;
 /* <<< declarations */
 #endif
@@ -31,7 +31,7 @@ typedef enum pk_engine {
     !defined(PATHKERNEL_LAYERS_INTERNALS_KNOWN)
 #define PATHKERNEL_LAYERS_INTERNALS_KNOWN
 /* >>> internals */
-/* What changes along a step. */
+/* What changes along a step, of a layer's input and its cotangent. */
 typedef enum pk__layer_kind {
     PK__LAYER_DATA,   /* the cotangent alone */
     PK__LAYER_LINEAR, /* the input alone */
@@ -43,11 +43,11 @@ typedef enum pk__layer_kind {
  * outputs); or as outputs x weights for PK__LAYER_ROWS. */
 typedef struct pk__layer_integral {
     const pk_node *node;
-    const pk_node *
-        last; /* of a layer that only an elementwise operation separates from the last one: that one; else NULL */
+    /* the last layer, if only an elementwise operation is between it and this one; else NULL */
+    const pk_node *last;
     pk__layer_kind kind;
-    unsigned char integrated;      /* this step: Phi is wanted */
-    unsigned char outputs_outside; /* this step: the outputs are taken out of the sum over points */
+    unsigned char integrated;      /* in this step Phi is computed */
+    unsigned char outputs_outside; /* in this step the outputs are taken out of the sum over points */
     pk_real *delta;                /* DATA: rows x outputs x out, integrated; LINEAR: the constant cotangent */
     pk_real *input;                /* LINEAR: rows x in, integrated */
     pk_real *phi;                  /* POINTS and ROWS: rows x output_capacity x weights */
@@ -64,7 +64,8 @@ typedef struct pk__integral_step {
     size_t first_row, rows;                    /* of the block, among the test rows */
     const pk_real *inputs;                     /* of the rows */
     pk_engine engine;
-    size_t examples; /* that Phi will be multiplied with, for the cost model; 0: not known */
+    /* the number of examples that Phi will be multiplied with, for the cost model; 0: unknown */
+    size_t examples;
 } pk__integral_step;
 
 /* The integral of one block of rows along one step; one a thread. */
@@ -72,8 +73,8 @@ typedef struct pk__integral {
     const pk_graph *graph;
     pk__integrator integrator;
     size_t outputs, rows, row_capacity, reverse_points;
-    /* Phi can be read of the outputs first_output .. first_output + output_count - 1, at most output_capacity of them,
-     * the caller's choice before a step: whole groups of `unit`, which are materialized together whatever is chosen. */
+    /* Phi is computed for the outputs [first_output, first_output + output_count), at most output_capacity of them, set by
+     * the caller before each step. They are whole groups of `unit` outputs, and a group is always materialized together. */
     size_t unit, first_output, output_count, output_capacity;
     int bounds;
     pk__layer_integral *layer;                 /* of each layer */
@@ -81,24 +82,27 @@ typedef struct pk__integral {
     const pk_real *directions[PK__DIRECTIONS]; /* of the step */
     pk_real *along[PK__DIRECTIONS];            /* rows x outputs: < Phi, direction > */
     pk_real *weight_sum;                       /* rows */
-    unsigned char *begun;                      /* rows: whether the step has had points of it */
-    pk__points sorted, part; /* points of the quadrature, row by row; those that are reversed together */
-    const pk__points *batch; /* what part is of; NULL: the next batch comes first */
-    size_t taken;            /* points of the batch that have been in a part */
+    unsigned char *begun; /* rows: whether points of the row have been added in this step */
+    pk__points sorted,
+        part; /* the points of the quadrature, sorted by row; the part of them that is reversed together */
+    const pk__points *batch; /* the batch that `part` belongs to; NULL: the next batch has to be asked for */
+    size_t taken;            /* points of the batch that were in a part already */
     pk_real *scratch, *weighted, *absolute;
-    size_t place_points; /* layers used at several places: factors that are in memory together */
-    pk_real *places;     /* room for them: inputs, then cotangents */
-    double seconds;      /* of the sums over points */
+    /* for layers used at several places: the number of points whose factors are in memory together */
+    size_t place_points;
+    pk_real *places; /* memory for these factors: inputs, then cotangents */
+    double seconds;  /* of the sums over points */
 } pk__integral;
 
-/* There is room for Phi of every layer for `materialise` outputs at a time (rows x materialise x P numbers; 0: for none),
- * in groups of unit; with bounds, also a bound on its error, number by number (three times that). */
+/* Takes memory for Phi of every layer and `materialize` outputs (rows x materialize x P numbers; 0: none), in groups of
+ * `unit`; with bounds, three times as much, for a bound on the error of each number. */
 PK__INTERNAL void pk__integral_take(pk__arena *arena, const pk_graph *graph, const pk_readout *readout,
-                                    size_t rows, size_t materialise, size_t unit, int bounds,
+                                    size_t rows, size_t materialize, size_t unit, int bounds,
                                     const pk__representation *representation, pk__integral *integral);
-/* How many test rows make a block, from shapes alone. */
+/* The number of test rows in a block; it depends on shapes alone. */
 PK__INTERNAL size_t pk__integral_block(const pk_graph *graph, size_t outputs);
-/* How many outputs are materialized together, from shapes alone: their Phi is about a megabyte, or one output's. */
+/* The number of outputs that are materialized together; it depends on shapes alone. Their Phi takes about a megabyte, or it
+ * is that of one output. */
 PK__INTERNAL size_t pk__integral_unit(size_t outputs, size_t parameters);
 /* <<< internals */
 #endif
@@ -112,8 +116,8 @@ PK__BEGIN_COLD_CODE
 
 PK__INTERNAL size_t pk__integral_block(const pk_graph *graph, size_t outputs)
 {
-    /* What is in memory of them at one time stays in the second-level cache. Examples of wide layers do not, and are worth
-     * fetching for more rows. */
+    /* What a block has in memory at one time stays in the second-level cache. The examples' factors of wide layers do not,
+     * so that it pays to use them for more rows once they are fetched. */
     size_t widest = 0;
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
@@ -128,13 +132,13 @@ PK__INTERNAL size_t pk__integral_unit(size_t outputs, size_t parameters)
     return pk__max(1, pk__min(outputs, ((size_t)1 << 17) / pk__max(parameters, 1)));
 }
 
-/* Points of one batch: enough rows for the products to run at speed, few enough for the cache. */
+/* The number of points in a batch: enough for fast products, and few enough for the cache. */
 static size_t pk__point_capacity(size_t outputs)
 {
     return pk__max(PK_GAUSS_NODES + 2, pk__min(256, 640 / pk__max(outputs, 1)));
 }
 
-/* Of those, points whose cotangents are in memory at one time: about 2^21 numbers, or one point. */
+/* The number of these points whose cotangents are in memory at one time: about 2^21 numbers, or one point. */
 static size_t pk__reverse_points(const pk_graph *graph, size_t points, size_t outputs)
 {
     size_t numbers = 1;
@@ -148,7 +152,7 @@ static pk__layer_kind pk__layer_kind_of(const pk_node *node, const pk_readout *r
                                         const pk__representation *representation)
 {
     /* Phi of a shared tensor is the sum over its uses, so it is needed as a whole. */
-    if (pk__layer_by_rows(representation, node) || (representation->materialised && !pk__is_outer(node)) ||
+    if (pk__layer_by_rows(representation, node) || (representation->materialized && !pk__is_outer(node)) ||
         node->shares)
         return PK__LAYER_ROWS;
     if (bounds || !pk__is_outer(node))
@@ -159,19 +163,19 @@ static pk__layer_kind pk__layer_kind_of(const pk_node *node, const pk_readout *r
                                                                             : PK__LAYER_POINTS;
 }
 
-/* Points of a layer used at several places, whose factors are in memory at one time. */
+/* The number of points whose factors are in memory at one time, for a layer used at several places. */
 PK__PRIVATE size_t pk__place_points(const pk_node *node, size_t outputs)
 {
     return pk__max(1, ((size_t)1 << 16) / (node->positions * (node->fan_in + outputs * node->fan_out)));
 }
 
-/* A layer used at several places, where it is not by rows. */
+/* Whether a layer is used at several places and has outer products, rather than gradients by rows. */
 PK__PRIVATE int pk__is_used_at_places(const pk__integral *integral, size_t layer)
 {
     return integral->layer[layer].kind == PK__LAYER_POINTS && !pk__is_outer(integral->layer[layer].node);
 }
 
-/* Memory of one layer; measures where the integral has no layers yet. */
+/* Takes the memory of one layer. */
 static void pk__layer_take(pk__arena *arena, const pk__integral *integral, pk__layer_kind kind, int phi_wanted,
                            pk__layer_integral *layer)
 {
@@ -190,7 +194,7 @@ static void pk__layer_take(pk__arena *arena, const pk__integral *integral, pk__l
 }
 
 PK__INTERNAL void pk__integral_take(pk__arena *arena, const pk_graph *graph, const pk_readout *readout,
-                                    size_t rows, size_t materialise, size_t unit, int bounds,
+                                    size_t rows, size_t materialize, size_t unit, int bounds,
                                     const pk__representation *representation, pk__integral *integral)
 {
     const size_t outputs = pk_readout_count(readout, graph->output_width), real = sizeof(pk_real);
@@ -201,7 +205,7 @@ PK__INTERNAL void pk__integral_take(pk__arena *arena, const pk_graph *graph, con
     integral->outputs = outputs;
     integral->row_capacity = rows;
     integral->unit = unit;
-    integral->output_capacity = integral->output_count = materialise ? materialise : outputs;
+    integral->output_capacity = integral->output_count = materialize ? materialize : outputs;
     integral->bounds = bounds;
     integral->allowance = pk__rounding_allowance(graph);
     integral->reverse_points = pk__reverse_points(graph, points, outputs);
@@ -216,7 +220,7 @@ PK__INTERNAL void pk__integral_take(pk__arena *arena, const pk_graph *graph, con
         const int at_places =
             node->tangent_form == PK_TANGENT_OUTER && (!pk__is_outer(node) || kind == PK__LAYER_ROWS);
         const int phi_wanted =
-            kind == PK__LAYER_ROWS || (kind == PK__LAYER_POINTS && !at_places && (materialise || bounds));
+            kind == PK__LAYER_ROWS || (kind == PK__LAYER_POINTS && !at_places && (materialize || bounds));
         memset(layer, 0, sizeof *layer);
         layer->node = node;
         if (kind == PK__LAYER_POINTS && !bounds && readout->kind != PK_READOUT_FUNCTION)
@@ -247,7 +251,7 @@ PK__INTERNAL void pk__integral_take(pk__arena *arena, const pk_graph *graph, con
     pk__points_take(arena, integral->integrator.path.point_capacity, bounds, &integral->sorted);
 }
 
-/* How a layer is contracted in a step: the cost model, with the points per row of the last step. */
+/* Decides how a layer is multiplied with the examples in a step: the cost model, with the points per row of the last step. */
 PK__PRIVATE void pk__choose_form(pk__integral *integral, size_t layer, const pk__integral_step *step)
 {
     const pk_node *node = integral->layer[layer].node;
@@ -256,7 +260,8 @@ PK__PRIVATE void pk__choose_form(pk__integral *integral, size_t layer, const pk_
     double in = (double)node->fan_in, out = (double)node->width;
     double outputs = (double)integral->outputs, batch = step->examples ? (double)step->examples : 1;
     double points = (double)integral->integrator.points_last / (double)pk__max(integral->rows, 1);
-    /* Flops a row. What is done with a tile of registers costs about 8 flops a number; few points make small tiles. */
+    /* Flops per row. An operation on a tile in registers costs about 8 flops for each number of it; with few points tiles
+     * are small. */
     double factored = points * batch * (2 * (outputs * out + in) + 8 * outputs);
     double outside = batch * (points * 2 * in + out * (6 * points + 8) + 4 * outputs * out);
     double integrated = 3 * points * outputs * out * in + batch * outputs * out * (2 * in + 8);

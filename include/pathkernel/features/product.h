@@ -19,42 +19,43 @@
     !defined(PATHKERNEL_PRODUCT_INTERNALS_KNOWN)
 #define PATHKERNEL_PRODUCT_INTERNALS_KNOWN
 /* >>> internals */
-/* From one row of a tile to the next: a panel more than a block of examples, so that rows fall on different cache sets. */
+/* The distance between the rows of a tile: one panel more than a block of examples, so that rows do not fall on the same
+ * cache sets. */
 enum { PK__TILE_LD = PK__EXAMPLE_BLOCK + PK_PANEL };
 
 /* The products of one block of rows; one a thread. */
 typedef struct pk__product {
     const pk__integral *integral; /* the test side */
-    const pk__examples *examples; /* the train side: the caller's, before a step */
-    const pk_real *gram;          /* rows x gram_ld: inputs times the training inputs, or NULL; the caller's */
+    const pk__examples *examples; /* the train side, set by the caller before a step */
+    /* rows x gram_ld: products of the rows' inputs with the training inputs, or NULL; set by the caller */
+    const pk_real *gram;
     size_t gram_ld;
-    size_t *due,
-        due_count; /* the layers whose products are taken with the points in memory, the last layer first */
-    pk_real *tile; /* rows x outputs x PK__TILE_LD */
+    size_t *due, due_count; /* the layers that are multiplied point by point, the last layer first */
+    pk_real *tile;          /* rows x outputs x PK__TILE_LD */
     pk_real *
         left; /* points or rows, x PK__TILE_LD: products of inputs, to be multiplied with those of cotangents */
     pk_real *ones;             /* points or rows */
     pk_real **weighted_inputs; /* of layers at points: points x in, times their weights */
-    /* Where rows of products go or come from: the cell of the tile, or the row of left, of a point's or row's output; that of
-     * the places of a layer that is used at several; one after another in a tile or a panel. */
+    /* Offsets of rows of products: of the cell in a tile, or the row in left, for each output of a point or row; for each
+     * place of a layer used at several places; of consecutive rows in a tile, and in a panel. */
     size_t *point_to, *cell_left, *place_to, *place_left, *tile_row, *panel_row, *pair_row;
     pk_real *place_start; /* the points' weights, place by place */
-    /* The layer below the last one, where its outputs are taken out of the sum over points: */
+    /* For the layer below the last one, where the outputs are taken out of the sum over points: */
     pk_real *last_weights; /* 1 + rows, x outputs x (out of W^T seed, out of D^T seed) */
     pk_real *slopes;       /* points x 2 out: w slope, w t slope */
-    size_t *unit_row;      /* rows x 2 out: the units that are on, as rows of a panel, twice */
+    size_t *unit_row;      /* rows x 2 out: the units whose slope is not 0, as rows of a panel, twice */
     size_t *unit_count;    /* rows */
     pk_real *sums;         /* PK__SUMS_IN_HAND x PK__PAIR */
     double flops;          /* counted */
-    double seconds;        /* counted by the caller */
+    double seconds;        /* added up by the caller */
 } pk__product;
 
-/* factored: some layers are multiplied point by point. integral has its memory, or has been measured. */
+/* factored: some layers are multiplied point by point. pk__integral_take comes first. */
 PK__INTERNAL void pk__product_take(pk__arena *arena, const pk__integral *integral, int factored,
                                    pk__product *product);
-/* tile (outputs x columns, ld PK__TILE_LD) += < e_k, g_b > for the columns b = first .. first + columns - 1, first a multiple
- * of PK_PANEL, columns <= PK__EXAMPLE_BLOCK; e of `outputs` outputs laid out like phi of the layer. The columns that fill the
- * last panel are written, too. */
+/* tile (outputs x columns, ld PK__TILE_LD) += < e_k, g_b > for the columns b = first .. first + columns - 1, first a
+ * multiple of PK_PANEL, columns <= PK__EXAMPLE_BLOCK; e has `outputs` outputs in the layout of the layer's Phi. Columns
+ * that only fill the last panel are written, too. */
 PK__INTERNAL void pk__product_row(pk__product *product, size_t layer, size_t outputs, const pk_real *e,
                                   size_t first, size_t columns, pk_real *tile);
 /* <<< internals */
@@ -67,8 +68,9 @@ PK__INTERNAL void pk__product_row(pk__product *product, size_t layer, size_t out
 PK__BEGIN_CODE
 
 enum {
-    PK__PART_NUMBERS = 1 << 14, /* of rows, which stay in a second-level cache of 512 KB beside the panels */
-    PK__SUMS_IN_HAND = 96       /* sums of the layer below the last one: they stay in the first-level cache */
+    PK__PART_NUMBERS =
+        1 << 14, /* numbers of rows that stay in a second-level cache of 512 KB together with the panels */
+    PK__SUMS_IN_HAND = 96 /* sums of the layer below the last one that stay in the first-level cache */
 };
 
 static pk_real *pk__take_reals(pk__arena *arena, size_t count, size_t numbers)
@@ -139,13 +141,13 @@ PK__PRIVATE const pk_real *pk__first_panel(const pk_real *all, size_t features, 
     return all + first * features; /* first is a multiple of PK_PANEL */
 }
 
-/* Columns of the panels that are multiplied together: with AVX-512 tiles are as wide as two. */
+/* The number of columns that are multiplied together: two panels with AVX-512, else one. */
 PK__PRIVATE size_t pk__columns_at_once(void)
 {
     return PK__HAS_AVX512 ? (size_t)PK__PAIR : (size_t)PK_PANEL;
 }
 
-/* Of the panels of a block, those from column on. */
+/* The panels of a block that begin at `column`. */
 PK__PRIVATE pk__panels pk__panels_at(const pk_real *panels, size_t features, size_t column, size_t block)
 {
     const pk__panels own = {pk__blocks(pk__min(pk__columns_at_once(), block - column), PK_PANEL),
@@ -153,9 +155,9 @@ PK__PRIVATE pk__panels pk__panels_at(const pk_real *panels, size_t features, siz
     return own;
 }
 
-/* The same, with those behind them, where there are some, fetched in the meantime: tiles are short, so that the processor
- * would see too late that they go on there. Tiles of AVX-512 fetch as they go; else the first-level cache, which is small,
- * takes the beginning of a deep panel, which leaves the room to what is multiplied. */
+/* The same; the panels after these are fetched into the cache meanwhile, because tiles are short and the processor would
+ * notice too late that they go on there. AVX-512 tiles fetch while they multiply. For the others the beginning of a deep
+ * panel is fetched into the first-level cache, which has no room for more. */
 PK__PRIVATE pk__panels pk__fetch_panels(const pk_real *panels, size_t features, size_t column, size_t block)
 {
     const size_t next = column + pk__columns_at_once();
@@ -169,14 +171,15 @@ PK__PRIVATE pk__panels pk__fetch_panels(const pk_real *panels, size_t features, 
     return own;
 }
 
-/* cells x columns of a tile = 0, up to the end of the last panel. */
+/* Sets cells x columns of a tile to 0, up to the end of the last panel. */
 PK__PRIVATE void pk__clear_tile(size_t cells, size_t columns, pk_real *tile)
 {
     for (size_t i = 0; i < cells; i++)
         memset(tile + i * PK__TILE_LD, 0, pk__blocks(columns, PK_PANEL) * PK_PANEL * sizeof *tile);
 }
 
-/* Rows of a product that stay in the second-level cache while panel after panel passes: equal parts of all of them. */
+/* The number of rows of a product that are multiplied together with one panel after the other, so that they stay in the
+ * second-level cache. All rows are divided into equal parts. */
 static size_t pk__part_rows(size_t rows, size_t depth)
 {
     const size_t numbers = PK__HAS_AVX512 ? 4 * (size_t)PK__PART_NUMBERS : (size_t)PK__PART_NUMBERS;
@@ -232,7 +235,7 @@ PK__PRIVATE void pk__multiply_cotangents(pk__product *product, size_t layer, siz
     product->flops += 2.0 * (double)block * (double)(cells * out);
 }
 
-/* tile += sum over the places of an example of (e_k a_i + bias) . delta_i, output after output and unit after unit. */
+/* tile += sum over the places of an example of (e_k a_i + bias) . delta_i, for each output and each unit. */
 static void pk__product_matrix(pk__product *product, size_t layer, size_t outputs, const pk_real *e,
                                size_t first, size_t columns, pk_real *tile)
 {
@@ -240,7 +243,8 @@ static void pk__product_matrix(pk__product *product, size_t layer, size_t output
     const pk_node *node = integral->layer[layer].node;
     const size_t in = node->fan_in, out = node->fan_out, places = node->positions,
                  most = pk__part_rows(node->fan_out, node->fan_in);
-    /* Matrix and bias stand together where a layer is materialised row by row; else all matrices, then all biases. */
+    /* A layer that is materialized row by row stores each matrix with its bias; other layers store all matrices, then all
+     * biases. */
     const int together = integral->layer[layer].kind == PK__LAYER_ROWS;
     const size_t stride = together ? node->weight_count : out * in, bias_stride = together ? stride : out;
     const pk_real *biases = pk__has_bias(node) ? e + (together ? out * in : outputs * out * in) : NULL;

@@ -1,10 +1,10 @@
-/* pathkernel/features/sums.h: the sums over the points of a step, layer by layer: cotangents, inputs or Phi, whichever a layer
- * keeps (layers.h), and the products of Phi with given directions.
+/* pathkernel/features/sums.h: the sums over the points of a step, layer by layer: of cotangents, of inputs or of Phi,
+ * depending on the kind of the layer (layers.h), and the products of Phi with given directions.
  *
- * All points of a part are in memory together, with the values and the cotangents of every layer (integral.h). The products
- * < Phi, direction > that a step's closure, unattributed part and decay are made of need no Phi: of a layer at points they are
- * the sum over the points of w_p delta_p . F(direction, a_p), F being what the layer computes with the direction in the place
- * of its weights.
+ * All points of a part are in memory together, with the values and the cotangents of every layer (integral.h). The
+ * products < Phi, direction >, of which a step's closure, unattributed part and decay consist, need no Phi: for a layer
+ * that is multiplied point by point they are the sum over the points of w_p delta_p . F(direction, a_p), where F is what
+ * the layer computes with the direction as its weights.
  */
 #ifndef PATHKERNEL_SUMS_H
 #define PATHKERNEL_SUMS_H
@@ -21,7 +21,7 @@
 #include <string.h>
 PK__BEGIN_CODE
 
-/* F(direction, a) of every row for a layer on data, which the segment has where it goes along that direction; else NULL. */
+/* F(direction, a) of every row for a layer on data, if the path has computed it already; else NULL. */
 static const pk_real *pk__known_product(const pk__integral *integral, size_t layer, const pk_real *direction)
 {
     const pk__path *segment = &integral->integrator.path;
@@ -33,7 +33,7 @@ static const pk_real *pk__known_product(const pk__integral *integral, size_t lay
                                            : NULL;
 }
 
-/* pk__pass_transpose of a direction where it is at hand. */
+/* pk__pass_transpose of a direction, if it has been computed already; else NULL. */
 static const pk_real *pk__known_transposed(const pk__integral *integral, const pk_real *direction)
 {
     const pk__path *segment = &integral->integrator.path;
@@ -44,7 +44,7 @@ static const pk_real *pk__known_transposed(const pk__integral *integral, const p
                                              : NULL;
 }
 
-/* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p) for one layer at points, or rows where row == NULL. */
+/* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p) for the points of one layer; with row == NULL for its rows. */
 PK__PRIVATE void pk__add_along(pk__integral *integral, size_t layer, size_t count, const size_t *row,
                                const pk_real *weight, const pk_real *input, const pk_real *delta,
                                const pk_real *bias_scale)
@@ -71,14 +71,14 @@ PK__PRIVATE void pk__add_along(pk__integral *integral, size_t layer, size_t coun
     }
 }
 
-/* phi = or, unless fresh, += sum_p w_p delta_p (x) a_p over count points of one row, of the chosen outputs. */
+/* phi = (fresh) or += (not fresh) sum_p w_p delta_p (x) a_p over `count` points of one row, for the chosen outputs. */
 static void pk__add_outer(pk__integral *integral, const pk_node *node, size_t count, const pk_real *weight,
                           const pk_real *a, const pk_real *delta, int fresh, pk_real *phi)
 {
     size_t out = node->width, in = node->fan_in, outputs = integral->outputs;
     const size_t chosen = integral->output_count;
     delta += integral->first_output * out;
-    /* Weighted inputs, so that one product serves a unit of outputs. */
+    /* The inputs are weighted, so that one product is enough for a unit of outputs. */
     for (size_t p = 0; p < count; p++)
         for (size_t j = 0; j < in; j++)
             integral->weighted[p * in + j] = weight[p] * a[p * in + j];
@@ -95,7 +95,7 @@ static void pk__add_outer(pk__integral *integral, const pk_node *node, size_t co
     }
 }
 
-/* Phi of one row from its points first .. last - 1, and what bounds its error. */
+/* Computes Phi of one row from its points [first, last), and what bounds its error. */
 static void pk__add_phi(pk__integral *integral, size_t layer, const pk__points *points, size_t first,
                         size_t last)
 {
@@ -112,7 +112,7 @@ static void pk__add_phi(pk__integral *integral, size_t layer, const pk__points *
         return;
     pk__add_outer(integral, node, count, points->check + first, a, delta, fresh,
                   integral->layer[layer].check + at);
-    /* The sizes: absolute values of the factors, weighted by the rounding allowance and the kinks' slack. */
+    /* Sums of absolute values of the factors, weighted by the rounding allowance and by the uncertainty of the kinks. */
     pk_real *sizes = integral->scratch, *weight = integral->sorted.slack;
     for (size_t p = 0; p < count; p++)
         weight[p] = (pk_real)(integral->allowance * fabs(points->weight[first + p]) + points->slack[first + p]);
@@ -145,7 +145,7 @@ PK__PRIVATE void pk__add_along_places(pk__integral *integral, size_t layer, cons
     }
 }
 
-/* Phi of a layer used at several places, point by point: products over many places of a few points each. */
+/* Computes Phi of a layer used at several places: for a few points at a time, one product over all their places. */
 static void pk__add_rows_places(pk__integral *integral, size_t layer, const pk__points *points)
 {
     const pk_node *node = integral->layer[layer].node;
@@ -174,7 +174,7 @@ static void pk__add_rows_places(pk__integral *integral, size_t layer, const pk__
     }
 }
 
-/* Phi of a layer whose gradients are materialised point by point. */
+/* Computes Phi of a layer whose gradients are materialized point by point. */
 static void pk__add_rows(pk__integral *integral, size_t layer, const pk__points *points)
 {
     const pk_node *node = integral->layer[layer].node;
@@ -208,7 +208,7 @@ static void pk__add_rows(pk__integral *integral, size_t layer, const pk__points 
     }
 }
 
-/* along[v][row, k] += < Phi, direction_v > of the chosen outputs of a layer by rows, whose Phi is complete. */
+/* along[v][row, k] += < Phi, direction_v > for the chosen outputs of a layer by rows, after its Phi is complete. */
 PK__PRIVATE void pk__add_along_rows(pk__integral *integral, size_t layer)
 {
     const pk_node *node = integral->layer[layer].node;
@@ -220,7 +220,7 @@ PK__PRIVATE void pk__add_along_rows(pk__integral *integral, size_t layer)
                      integral->along[v] + row * integral->outputs + integral->first_output);
 }
 
-/* Points of one row side by side: products over a row's points need them so. Stable. */
+/* Sorts the points by row, because products over the points of a row need them side by side. The order within a row stays. */
 PK__PRIVATE const pk__points *pk__sort_points(pk__integral *integral, const pk__points *points)
 {
     int sorted = 1;
@@ -251,7 +251,7 @@ PK__PRIVATE const pk__points *pk__sort_points(pk__integral *integral, const pk__
     return to;
 }
 
-/* Sums of layers whose input or cotangent does not change: sum_p w_p delta_p, or delta and sum_p w_p a_p. */
+/* Adds to the sums of a layer whose input or cotangent does not change: sum_p w_p delta_p, or delta and sum_p w_p a_p. */
 static void pk__add_ends(pk__integral *integral, size_t layer, const pk__points *points)
 {
     const pk_node *node = integral->layer[layer].node;
@@ -272,7 +272,7 @@ static void pk__add_ends(pk__integral *integral, size_t layer, const pk__points 
     }
 }
 
-/* The sums of one layer over the points in memory. */
+/* Adds the points in memory to the sums of one layer. */
 PK__PRIVATE void pk__add_points(pk__integral *integral, size_t layer, const pk__points *points)
 {
     const double start = pk__seconds();

@@ -267,7 +267,7 @@ static pk_status pk__kernel_check_steps(pk_context *context, const pk_run *run,
     return PK_OK;
 }
 
-static pk_status pk__kernel_check_rule(pk_context *context, const pk_kernel_options *options)
+static pk_status pk__kernel_check_rule(pk_context *context, const pk_run *run, const pk_kernel_options *options)
 {
     const pk__kernel_row *row = &pk__kernel_rows[options->kind];
     const pk_quadrature *rule = &options->quadrature;
@@ -324,7 +324,7 @@ static pk_status pk__kernel_check_options(pk_context *context, const pk_run *run
         return pk__fail(context, PK_UNSUPPORTED,
                         "%s: the network has no matrix layer (dense, conv, embedding, attention)", row->name);
     pk_status status = pk__kernel_check_steps(context, run, options);
-    return status ? status : pk__kernel_check_rule(context, options);
+    return status ? status : pk__kernel_check_rule(context, run, options);
 }
 
 /* Rows of a side: their width, numbers and, where the kernel needs them, targets. */

@@ -21,7 +21,7 @@ enum {
     PK_CONVOLUTION_INITIAL,
     PK_CONVOLUTION_GAIN
 };
-/* conv_transpose has these instead of initialisation and gain: its weights start as PyTorch's. */
+/* conv_transpose has these instead of initialization and gain: its weights start as PyTorch's. */
 enum { PK_CONVOLUTION_OUTPUT_PAD = PK_CONVOLUTION_INITIAL };
 enum {
     PK_POOL_KERNEL, /* of the adaptive pools: the output's sizes */

@@ -17,7 +17,7 @@
  *     loss_gradients.npy   (T, C)   float32 or float64, with the loss `recorded`: dl/df of each item, whatever the loss was; the
  *                          targets are for the reader alone then
  *     group_rates.npy      (S, G)   float64, optional: the rates of the groups, one column a `group` line
- *     second_moments.npy   (S, P)   float32 or float64, optional: what the optimiser divided by the root of: v of adam, adamw and
+ *     second_moments.npy   (S, P)   float32 or float64, optional: what the optimizer divided by the root of: v of adam, adamw and
  *                          nadam after each step (the largest so far with amsgrad), the sum of adagrad, v of rmsprop
  *     initial_state.npy    (V, P)   float64 or float32, where run.txt has `initial_step K`: the optimizer's vectors before step
  *                          0 (optimizer.h), of a run that goes on from K updates of an optimizer; a tensor whose rule has fewer
