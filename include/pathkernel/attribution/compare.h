@@ -1,5 +1,6 @@
-/* pathkernel/attribution/compare.h: how well cheaper rules stand for the exact decomposition, on a recorded run and inputs of
- * one's own: what each leaves of the change of the outputs, and whether it orders the training examples as the exact one does.
+/* pathkernel/attribution/compare.h: how well cheaper rules approximate the exact decomposition of a recorded run on given
+ * inputs: how much of the change of the outputs each of them misses, and whether it ranks the training examples as the
+ * exact one does.
  *
  * A decomposition takes the derivatives J = df/dw of the test rows along each step, and the gradients J' dl/df of the examples at
  * w_s. Other rules take them elsewhere. With w_s(t) = w_s + t D_s and an optimizer without state, of learning rate eta,
@@ -29,22 +30,23 @@ PK__BEGIN_C
 enum { PK_COMPARE_RULES = 10 };
 
 typedef struct pk_comparison {
-    const char *rule; /* its name in the list above; lives for ever */
-    /* |f_S - f_0 - sum|, the largest and the median of all rows and outputs: sum is of the contributions of the examples, of decay
-     * and of what is unattributed. */
+    const char *rule; /* its name in the list above, a string constant */
+    /* The largest and the median of |f_S - f_0 - sum| over all rows and outputs. The sum is that of the contributions of
+     * the examples, of decay and of the unattributed part. */
     double residual_max, residual_median;
     /* Spearman's rank correlation of the contributions to one row and output, over all N training examples, with the exact ones,
      * equal ones having the mean of their ranks; averaged over the rows and outputs. Where the exact contributions are all equal
      * there is no order to be found, and the row and output are left out; where only the rule's are, the correlation is 0. NAN:
      * there is none (telescoping; or all rows and outputs are left out, as with one training example). */
     double spearman;
-    double
-        seconds; /* of all decompositions that the rule needs, those that it shares with another one included */
+    /* for all decompositions that the rule needs, including those that it shares with other rules */
+    double seconds;
 } pk_comparison;
 
 /* Compares the ten rules in the order of the list above for all outputs f(w_S, inputs) of a run; inputs: rows x input width.
  *
- * Each goes by the optimizer's linear form D_s = sum_i D_{s,i} + decay + u_s, the one of pk_decompose: momenta, Adam's divisors,
+ * Each uses the optimizer's linear form D_s = sum_i D_{s,i} + decay + u_s, the one of pk_decompose: momenta, Adam's
+ * divisors,
  * groups, clipping, decay and the unattributed u_s are those of the run. Their inner products with J give the rule's sum. Where a
  * rule moves the examples' gradients to w_s(t), a step takes all earlier gradients that its momentum holds, those of w_{s'}, at
  * w_{s'}(t) with the same t; decay takes w_s as it was. checkpoints takes J of the test rows in the steps floor(k S / 10), k = 0
@@ -92,19 +94,20 @@ static const char *const pk__compare_names[PK_COMPARE_RULES] = {
     "left",        "segment",      "path_integral", "trapezoid",   "midpoint",
     "checkpoints", "linear_start", "linear_end",    "telescoping", "exact"};
 
-/* Sums of 2, 4, ... intervals; each has the points of those before. Steps of the rule checkpoints. Tables of contributions that are
- * held beside that of a decomposition: exact ranks, left, a sum for each level. */
+/* The sums over t have 2, 4, ... intervals, and each contains the points of the one before it. PK__COMPARE_STEPS: steps of
+ * the rule checkpoints. PK__COMPARE_TABLES: tables of contributions in memory besides that of a decomposition, which are
+ * the exact ranks, left, and a sum for each level. */
 enum {
     PK__COMPARE_LEVELS = 5,
     PK__COMPARE_INTERVALS = 1 << PK__COMPARE_LEVELS,
-    PK__COMPARE_FINE = 512, /* the most equal parts of a step with kinks, and the least that are worth it */
+    PK__COMPARE_FINE = 512, /* the most and (below) the fewest equal parts of a step with kinks */
     PK__COMPARE_COARSE = 64,
     PK__COMPARE_STEPS = 10,
     PK__COMPARE_TABLES = 2 + PK__COMPARE_LEVELS
 };
 #define PK__COMPARE_AGREEMENT (sizeof(pk_real) == sizeof(float) ? 1e-5 : 1e-10)
 #define PK__COMPARE_MEMORY ((size_t)1 << 30)
-#define PK__COMPARE_FLOPS 1e10 /* of all equal parts, at most */
+#define PK__COMPARE_FLOPS 1e10 /* the most flops that equal parts may take */
 
 typedef struct pk__comparing {
     pk_context *context;
@@ -114,19 +117,19 @@ typedef struct pk__comparing {
     pk_decompose_options options;
     pk__approximation how;
     size_t outputs, examples, cells;       /* cells: rows x outputs */
-    size_t fine;                           /* equal parts of a step where there are kinks; 0: none */
+    size_t fine;                           /* equal parts of a step of a network with kinks; 0: none */
     double *residual, *correlation;        /* rules x cells */
     unsigned char *unordered;              /* cells: the exact contributions are all equal */
     pk_real *first_weights, *last_weights; /* graph->spread: w_0, w_S */
     /* Of the rows first .. first + rows - 1, at most `most`: */
     size_t most, first, rows;
     double *ranks, *left, *sum[PK__COMPARE_LEVELS];   /* rows x outputs x examples */
-    double *left_missed, *missed[PK__COMPARE_LEVELS]; /* rows x outputs: f_S - f_0 less the sum */
+    double *left_missed, *missed[PK__COMPARE_LEVELS]; /* rows x outputs: f_S - f_0 minus the sum */
     unsigned char *settled;                           /* rows: the level whose sum is taken; 0: none yet */
     double *order;                                    /* threads x examples: ranks of a rule */
-    pk__ranked *sorted;                       /* threads x examples, or cells */
+    pk__ranked *sorted;                               /* threads x examples, or cells */
     int threads;
-    /* The caller's progress, and where it stands: */
+    /* The caller's progress function, and what was reported to it: */
     int (*progress)(void *user, const char *phase, double fraction);
     void *progress_user;
     double done, share, reached;
@@ -150,7 +153,7 @@ static double pk__compare_rank_correlation(size_t count, const double *a, const 
 
 /* ---- one rule on some rows ------------------------------------------------------------------------------- */
 
-/* Takes the residuals and correlations of a rule on the rows. */
+/* Computes the residuals and correlations of a rule on the rows. */
 static void pk__compare_score(pk__comparing *c, int rule, const double *contributions, const double *missed)
 {
     const size_t N = c->examples, cells = c->rows * c->outputs, first = c->first * c->outputs;
@@ -184,7 +187,7 @@ static pk_status pk__compare_decompose(pk__comparing *c, pk_decomposition *out)
     return pk_decompose(c->context, c->run, inputs, &c->options, out);
 }
 
-/* Rules of one decomposition. */
+/* The rules that need one decomposition. */
 static pk_status pk__compare_one(pk__comparing *c, int rule, pk_decomposition *out)
 {
     memset(&c->how, 0, sizeof c->how);
@@ -256,7 +259,7 @@ static void pk__compare_add_point(pk__comparing *c, size_t j, const double *cont
     }
 }
 
-/* Settles the rows whose sum agrees with that of the level before; returns how many are left. */
+/* Settles the rows whose sum agrees with that of the level before; returns how many rows are not settled. */
 static size_t pk__compare_settle(pk__comparing *c, int level)
 {
     const size_t numbers = c->outputs * c->examples;
@@ -275,7 +278,8 @@ static size_t pk__compare_settle(pk__comparing *c, int level)
     return left;
 }
 
-/* The contributions of one point, added by pk__compare_add_point, or with a weight to the sum of one level. */
+/* Computes the contributions at one point, and adds them by pk__compare_add_point or, with a weight, to the sum of one
+ * level. */
 static pk_status pk__compare_take_point(pk__comparing *c, int rule, double t, size_t j, double weight)
 {
     pk_decomposition point;
@@ -313,7 +317,7 @@ static pk_status pk__compare_integral(pk__comparing *c, int rule, const pk_decom
     c->share /= (double)(PK__COMPARE_INTERVALS + fine);
     for (int level = 0; !status && left && level <= last; level++) {
         const size_t intervals = (size_t)2 << level, apart = PK__COMPARE_INTERVALS / intervals;
-        /* New are the odd points; at first also the last one. */
+        /* The odd points are new in a level; in the first level the last one, too. */
         for (size_t j = 1; !status && j <= intervals; j++) {
             double weight;
             if (j % 2 == 1 || (level == 0 && j == intervals && !end))
@@ -322,7 +326,7 @@ static pk_status pk__compare_integral(pk__comparing *c, int rule, const pk_decom
         }
         left = level > 0 && !status ? pk__compare_settle(c, level) : left;
     }
-    /* Between jumps no rule is better than equal parts. */
+    /* Where the integrand jumps, no rule is better than equal parts. */
     if (!status && left && fine) {
         const double part = 1 / (double)fine;
         pk__compare_clear_sum(c, 0);
@@ -345,7 +349,7 @@ static pk_status pk__compare_integral(pk__comparing *c, int rule, const pk_decom
     return status;
 }
 
-/* trapezoid and path_integral: both want the contributions at t = 1. */
+/* The rules trapezoid and path_integral, which both need the contributions at t = 1. */
 static pk_status pk__compare_ends(pk__comparing *c)
 {
     const size_t cells = c->rows * c->outputs, numbers = cells * c->examples;
@@ -375,7 +379,8 @@ static pk_status pk__compare_rows(pk__comparing *c, double done, double share)
     static const int order[] = {PK__COMPARE_EXACT,       PK__COMPARE_LEFT,         PK__COMPARE_MIDPOINT,
                                 PK__COMPARE_CHECKPOINTS, PK__COMPARE_LINEAR_START, PK__COMPARE_LINEAR_END,
                                 PK__COMPARE_SEGMENT,     PK__COMPARE_PATH_INTEGRAL};
-    static const double parts[] = {2, 1, 1, 1, 1, 1, 8, 8, 23}; /* of the time, about; then their sum */
+    static const double parts[] = {
+        2, 1, 1, 1, 1, 1, 8, 8, 23}; /* approximate shares of the time; the last number is their sum */
     const size_t cells = c->rows * c->outputs, numbers = cells * c->examples;
     double left = 0;
     pk_status status = PK_OK;
@@ -457,11 +462,12 @@ static pk_status pk__compare_telescope_run(pk__comparing *c, pk_replay *replay, 
     return PK_OK;
 }
 
-/* The rule telescoping; leaves w_0 and w_S for the linear ones. */
+/* The rule telescoping. It also stores w_0 and w_S, which the linear rules need. */
 static pk_status pk__compare_telescope(pk__comparing *c)
 {
     const size_t P = c->run->parameters, rows = c->inputs.rows;
-    /* As many rows at a time as one thread's tape holds in some MB, whatever the limit: the same bits. */
+    /* The number of rows at a time is what one thread's tape holds in some MB. It does not depend on the memory limit, so
+     * that the bits do not either. */
     const size_t few = pk__example_rows(&c->run->graph), piece = few < 64 ? few : rows;
     const double start = pk__seconds();
     pk_real *w, *next, *direction, *f;
@@ -479,7 +485,8 @@ static pk_status pk__compare_telescope(pk__comparing *c)
         status = pk_replay_prepare(c->context, c->run, 0, &replay);
     if (!status)
         status = pk__compare_telescope_run(c, &replay, piece, w, next, direction, f);
-    if (status == PK_MEMORY_LIMIT && piece == rows && rows > 64) /* one thread's block at a time */
+    if (status == PK_MEMORY_LIMIT && piece == rows &&
+        rows > 64) /* as many rows at a time as one thread takes */
         status = pk__compare_telescope_run(c, &replay, 64, w, next, direction, f);
     pk_replay_release(c->context, &replay);
     pk_release(c->context, arena.base);
@@ -489,7 +496,8 @@ static pk_status pk__compare_telescope(pk__comparing *c)
 
 /* ---- all rows -------------------------------------------------------------------------------------------- */
 
-/* Progress of a decomposition as a part of the whole, which does not fall where one goes through the run twice. */
+/* Turns the progress of one decomposition into that of the comparison, which never goes back, even if a decomposition goes
+ * through the run twice. */
 static int pk__compare_progress(void *user, const char *phase, double fraction)
 {
     pk__comparing *c = user;
@@ -499,7 +507,7 @@ static int pk__compare_progress(void *user, const char *phase, double fraction)
     return c->progress(c->progress_user, "comparing", c->reached);
 }
 
-/* What is there for all rows. */
+/* Takes the arrays for all rows. */
 static void pk__compare_take(pk__arena *arena, pk__comparing *c)
 {
     const size_t threads = (size_t)c->threads;
@@ -515,7 +523,7 @@ static void pk__compare_take(pk__arena *arena, pk__comparing *c)
     c->last_weights = pk__arena_take(arena, c->run->graph.spread, sizeof *c->last_weights);
 }
 
-/* The tables of `most` rows. */
+/* Takes the tables of `most` rows. */
 static void pk__compare_tables_take(pk__arena *arena, pk__comparing *c)
 {
     size_t numbers = 0;
@@ -531,7 +539,7 @@ static void pk__compare_tables_take(pk__arena *arena, pk__comparing *c)
     c->settled = pk__arena_take(arena, c->most, 1);
 }
 
-/* Chooses how many rows are taken at a time, whole blocks of them, and takes their tables. */
+/* Chooses how many rows are compared together (whole blocks), and takes their tables. */
 static pk_status pk__compare_tables(pk__comparing *c, size_t block, void **tables)
 {
     const size_t limit = c->context ? c->context->memory_limit : 0,
@@ -540,7 +548,7 @@ static pk_status pk__compare_tables(pk__comparing *c, size_t block, void **table
     const double row =
         (double)(PK__COMPARE_TABLES + 1) * sizeof(double) * (double)c->outputs * (double)c->examples;
     const double blocks = floor((double)room / row / (double)block);
-    /* The largest of all rules' plans. */
+    /* The settings whose plan needs the most memory of all rules. */
     memset(&c->how, 0, sizeof c->how);
     c->how.at_one_point = c->how.examples_move = 1;
     c->how.rows = c->inputs.rows;
@@ -565,7 +573,7 @@ static pk_status pk__compare_tables(pk__comparing *c, size_t block, void **table
     }
 }
 
-/* Into how many equal parts steps are cut whose kinks keep the sums from agreeing, from shapes alone. */
+/* The number of equal parts into which a step is cut if its kinks keep the sums from agreeing. It depends on shapes alone. */
 static size_t pk__compare_parts(const pk__job *job)
 {
     const pk_run *run = job->run;
@@ -588,7 +596,7 @@ static size_t pk__compare_parts(const pk__job *job)
     return parts >= PK__COMPARE_COARSE ? parts : 0;
 }
 
-/* Largest, median and mean of what the rows have. */
+/* Computes the largest, the median and the mean over the rows and outputs. */
 static void pk__compare_summarize(pk__comparing *c, int rule)
 {
     const double *residual = c->residual + (size_t)rule * c->cells;
@@ -614,7 +622,7 @@ static pk_status pk__compare_all(pk__comparing *c)
     c->done = 0;
     c->share = 0.02;
     pk_status status = pk__compare_telescope(c);
-    if (!status) /* for how the rows are cut */
+    if (!status) /* which tells how the rows are cut into blocks */
         status = pk_allocate(c->context, 1, sizeof *job, "a plan", &job);
     if (!status) {
         pk__job_begin(job, c->context, c->run, c->inputs, &c->options);

@@ -85,7 +85,7 @@ static pk_status pk__check_inputs(pk_context *context, const pk_run *run, pk_mat
     return PK_OK;
 }
 
-/* The numbers of an array, row by row. */
+/* Checks the numbers of an array, row by row. */
 static pk_status pk__check_array(pk_context *context, const pk_run *run, const pk_array *inputs)
 {
     const size_t width = run->graph.input_width;
@@ -139,7 +139,7 @@ static pk_status pk__check_options(pk_context *context, const pk_run *run, size_
     if (options->bounds && options->quadrature.rule != PK_RULE_AUTO &&
         options->quadrature.rule != PK_RULE_EXACT)
         return pk__fail(context, PK_UNSUPPORTED, "bounds need a rule that measures its error: auto or exact");
-    /* steps.h takes p to fall as the gradients' size grows. */
+    /* The error of p in steps.h relies on p falling as the gradients grow. */
     for (size_t g = 0; options->bounds && g <= run->groups.count; g++)
         if (pk__group_optimizer(&run->optimizer, &run->groups, g)->centered)
             return pk__fail(
@@ -149,7 +149,7 @@ static pk_status pk__check_options(pk_context *context, const pk_run *run, size_
     return pk_quadrature_check(context, &options->quadrature, &run->graph, readout);
 }
 
-/* Passes over all rows. whole has its arrays, or a part callback is there and each pass has own ones. */
+/* Makes the passes over all rows. Either `whole` has arrays, or there is a callback and each pass has arrays of its own. */
 static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomposition_part *callback,
                                 void *user)
 {
@@ -194,12 +194,12 @@ static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomp
     if (!(job->options->unattributed > 0) && whole->scale < 1)
         whole->unattributed_limit *= whole->scale;
     const pk__approximation *how = job->options->approximation;
-    const int exact =
-        !how || (!how->at_one_point && !how->examples_move); /* what others leave open is their result */
+    const int exact = !how || (!how->at_one_point &&
+                               !how->examples_move); /* what other rules miss is their result, and no error */
     return status || !exact ? status : pk__verdict(job, whole);
 }
 
-/* The sizes of the result, the job and its plan, for inputs or for a number of rows without any. */
+/* Computes the sizes of the result, the job and its plan, for inputs or, if these have no data, for a number of rows. */
 static pk_status pk__plan_job(pk__job *job, pk_context *context, const pk_run *run, pk_matrix inputs,
                               const pk_decompose_options *options, int by_pass, pk_decomposition *whole)
 {
@@ -220,7 +220,7 @@ static pk_status pk__plan_job(pk__job *job, pk_context *context, const pk_run *r
     return pk__job_plan(job, inputs.rows, pk__result_bytes(whole, options), by_pass);
 }
 
-/* array, where it is not NULL, in place of inputs. */
+/* If array is not NULL, it replaces inputs. */
 static pk_status pk__decompose(pk_context *context, const pk_run *run, pk_matrix inputs, const pk_array *array,
                                const pk_decompose_options *options, pk_decomposition *whole,
                                pk_decomposition_part *callback, void *user)

@@ -9,8 +9,7 @@
 /* >>> declarations */
 PK__BEGIN_C
 
-/* Axes of a kept tensor beside the test row and the output. Any sum of them may be kept; one tensor has
- * either examples or groups. */
+/* Axes of a result besides the test row and the output. They can be combined by |; a result has either examples or groups. */
 enum { PK_BY_EXAMPLE = 1, PK_BY_GROUP = 2, PK_BY_STEP = 4, PK_BY_LAYER = 8, PK_BY_TOTAL = 16, PK_KEPT = 8 };
 
 /* The tolerance of closures where none is given. What rounding leaves of them grows with the changes that add up: runs
@@ -24,11 +23,11 @@ enum { PK_BY_EXAMPLE = 1, PK_BY_GROUP = 2, PK_BY_STEP = 4, PK_BY_LAYER = 8, PK_B
 #define PK_CLOSURE_ROUNDING 1e-11
 #endif
 
-/* What a run leaves unattributed that is described rightly: each step rounds the weights and its gradient, and what
- * steps leave adds up like a random walk. Measured on runs of 12 to 1500 steps by all optimizers, dense, convolutional
- * and with attention, trained in float32: at most 30 roundings times the root of the steps (docs/numerics.md). A run is in
- * float32 if it is stored so, or if all of its last weights are float32 numbers. In float64, where nothing that is
- * described wrongly leaves so little, the limit is that of a careless recording. */
+/* What stays unattributed in a run whose training is declared correctly: each step rounds the weights and its gradient, and
+ * these errors add up like a random walk. Measured on runs of 12 to 1500 steps by all optimizers, dense, convolutional and
+ * with attention, trained in float32: at most 30 roundings times the root of the steps (docs/numerics.md). A run is in
+ * float32 if it is stored so, or if all of its last weights are float32 numbers. In float64 the limit is generous, enough
+ * for a recording that rounds carelessly: a wrongly declared run leaves far more. */
 #define PK_UNATTRIBUTED_EPSILONS 128
 #define PK_UNATTRIBUTED_LEAST 1e-10
 
@@ -37,11 +36,12 @@ typedef struct pk_decompose_options {
     pk_average
         average; /* decomposes the outputs of an average of the weights, along its own path (run/average.h); zeroed: none */
     /* 0: PK_TOLERANCE. A row is closed where |closure| is at most tolerance times its largest contribution (below), or
-     * min(tolerance, PK_CLOSURE_ROUNDING) times its largest |initial| or |final|. Cost falls with a looser one. */
+     * min(tolerance, PK_CLOSURE_ROUNDING) times its largest |initial| or |final|. A larger tolerance makes a decomposition
+     * cheaper. */
     double tolerance;
-    /* The largest |unattributed| / max(1, |h|) that rounding may leave; 0: PK_UNATTRIBUTED_EPSILONS roundings of the
-     * run's numbers, times the root of its number of steps, but at least PK_UNATTRIBUTED_LEAST; and so much less as the
-     * largest output or contribution of all rows is below 1. */
+    /* The largest |unattributed| / max(1, |h|) that rounding explains. 0: PK_UNATTRIBUTED_EPSILONS roundings of the run's
+     * numbers, times the root of its number of steps, but at least PK_UNATTRIBUTED_LEAST; where the largest output or
+     * contribution of all rows is below 1, times that number. */
     double unattributed;
     pk_readout readout;
     /* Which sums of contributions to keep, e.g. {PK_BY_EXAMPLE, PK_BY_STEP | PK_BY_LAYER}; the first 0 ends the
@@ -54,15 +54,15 @@ typedef struct pk_decompose_options {
     pk_engine engine;    /* for tests and benchmarks */
     int reverse_time;    /* 1: the reverse-time form also where the optimizer has no state */
     size_t rows_at_once; /* test rows in one pass over the run; 0: as many as the memory allows */
-    /* In parts: passes of a long job that take about so long, by the plan's estimate, so that finished parts survive a
-     * cancel. Not shorter than repeats the examples' gradients for a tenth of the time; 0: one pass where the memory
-     * allows it. */
+    /* For decomposing in parts: a long job is cut into passes that take about this many seconds by the plan's estimate, so
+     * that finished parts survive a cancel; but not into so many that repeating the examples' gradients takes more than a
+     * tenth of the time. 0: one pass, if the memory allows it. */
     double pass_seconds;
     const struct pk__approximation
         *approximation; /* private: another rule in place of the exact one (steps.h) */
 } pk_decompose_options;
 
-/* rows x outputs x (examples or groups) x steps x layers, those that axes names, C order. */
+/* A result: rows x outputs x (examples or groups) x steps x layers, with the axes that `axes` names, in C order. */
 typedef struct pk_tensor {
     unsigned axes;
     int rank;
@@ -88,13 +88,14 @@ typedef struct pk_decomposition {
      * tolerance allows it to be), above 1 where the result is PK_NOT_CLOSED, and the row and output where that is. */
     double worst_closure, worst_relative, worst_excess;
     size_t worst_row, worst_output;
-    /* With bounds: the cells (row and output) whose closure was more than their bounds add up to, beyond its rounding, so
-     * that the bounds were raised to add up to it. */
+    /* With bounds: the number of cells (row and output) whose closure exceeded the sum of their bounds by more than
+     * rounding. Their bounds were raised until the sum was reached. */
     size_t raised;
-    /* The step with the worst closure of its own. */
+    /* The step whose own closure is the worst. */
     double worst_step_closure;
     size_t worst_step, worst_step_row;
-    /* The largest |unattributed| / max(1, |final|) and where; what it may be; the largest output or contribution of all. */
+    /* The largest |unattributed| / max(1, |final|) and where it occurs; its limit; the largest output or contribution of
+     * all rows. */
     double worst_unattributed, unattributed_limit, scale;
     size_t worst_unattributed_row, worst_unattributed_output;
     /* What it took: */
@@ -103,16 +104,17 @@ typedef struct pk_decomposition {
     size_t refused; /* pieces accepted although they missed their target */
     size_t passes;
     double flops; /* of the contraction */
-    /* Thread-seconds: reading and updates; gradients of the examples; the test side: forward along the steps, kinks, nodes,
-     * reverse, recurrences of reverse time; the sums over the nodes and, of all that follows, the contraction. */
+    /* Seconds added up over threads: for reading and updates; for the examples' gradients; for the test side (forward along
+     * the steps, kinks, nodes, reverse, the recurrence of reverse time); for the sums over the nodes; for the products with
+     * the examples. */
     double seconds_read, seconds_examples, seconds_test, seconds_sums, seconds_contraction, seconds;
 } pk_decomposition;
 
 /* Gives the arrays back; a zeroed decomposition is allowed. */
 PK_API void pk_decomposition_release(pk_context *context, pk_decomposition *decomposition);
 
-/* indices (at most wanted) of the largest values if sign > 0, the smallest if sign < 0, strongest first, and
- * only those of that sign; returns how many. Ties by index. Cost count * wanted. */
+/* Sets `indices` to those of the largest values (sign > 0) or the smallest (sign < 0), at most `wanted`, strongest first,
+ * and only values of that sign; returns how many. Ties go to the lower index. Costs count * wanted. */
 PK_API size_t pk_strongest(const double *values, size_t count, int sign, size_t wanted, size_t *indices);
 
 PK__END_C
@@ -147,7 +149,7 @@ PK_API size_t pk_strongest(const double *values, size_t count, int sign, size_t 
 
 /* ---- results --------------------------------------------------------------------------------------- */
 
-/* value is worse than worst; a NaN is the worst. */
+/* Whether value is worse than worst; a NaN is the worst of all. */
 PK__PRIVATE int pk__worse(double value, double worst)
 {
     return !(value <= worst) && !isnan(worst);
@@ -234,7 +236,7 @@ PK__PRIVATE pk_status pk__allocate_results(pk_context *context, const pk_decompo
     return status;
 }
 
-/* A view of rows of whole, for a pass to write into. */
+/* Makes a view of some rows of whole, into which a pass writes. */
 PK__PRIVATE void pk__view_rows(const pk_decomposition *whole, size_t first, size_t rows, pk_decomposition *part)
 {
     size_t cell = (first - whole->first_row) * whole->outputs;

@@ -204,7 +204,7 @@ static void pk__reference_add(const pk_run *run, size_t s, size_t cells, const p
         }
 }
 
-/* The definition, with its memory. */
+/* The definition itself; the memory has been taken. */
 static pk_status pk__reference_run(pk_context *context, const pk_run *run, pk_matrix inputs, size_t pieces,
                                    int nodes, pk__reference_memory *m, const pk_reference *out)
 {

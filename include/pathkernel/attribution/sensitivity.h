@@ -149,7 +149,7 @@ static pk_status pk__sensing_forms(pk__sensing *m)
     return status;
 }
 
-/* R_s and E_s of step s, and what decay and D_s take of them. */
+/* Computes R_s and E_s of step s, and the parts of decay and of D_s. */
 static void pk__sensing_back(pk__sensing *m, size_t s)
 {
     const pk_run *run = m->run;
@@ -203,7 +203,7 @@ static pk_status pk__sensing_batch(pk__sensing *m, size_t s)
                                                   &part, NULL, pk_matrix_view(m->gradients, count, P));
         if (status)
             return status;
-        /* Without layers all tensors at once, else one after the other. */
+        /* All tensors at once or, by layer, one after the other. */
         for (size_t b = 0; b < (m->options->by_layer ? m->block_count : 1); b++) {
             const size_t offset = m->options->by_layer ? run->graph.blocks[b].first : 0;
             const size_t width = m->options->by_layer ? run->graph.blocks[b].count : P;
@@ -233,7 +233,7 @@ static pk_status pk__sensing_gradient(pk__sensing *m, const pk_real *w, double *
 {
     const pk_graph *graph = &m->run->graph;
     const size_t D = m->out->inputs;
-    /* The cotangents and the place are memory that is used for other things later. */
+    /* Cotangents and result are arrays that other functions use later. */
     pk_status status =
         pk_vjp(m->context, graph, w, m->input, pk_matrix_view(m->phi.seeds, 1, graph->output_width),
                pk__no_matrix(), pk_matrix_view(m->products, 1, D));
@@ -270,7 +270,7 @@ static pk_status pk__sensing_run(pk__sensing *m)
     return status ? status : pk__sensing_gradient(m, m->next, m->out->initial);
 }
 
-/* What is left, and the judgement. */
+/* Computes the unattributed part and the closure, and judges the closure. */
 static pk_status pk__sensing_finish(pk__sensing *m)
 {
     pk_sensitivity *out = m->out;

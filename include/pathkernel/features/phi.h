@@ -36,25 +36,28 @@ PK__BEGIN_CODE
 enum {
     PK__STEP_ORDERS = 32,       /* nodes of the largest rule */
     PK__STEP_DEPTH = 14,        /* halvings of a piece */
-    PK__STEP_NUMBERS = 1 << 18, /* of a block of rows, or those of one row */
-    PK__STEP_PIECES = 1024      /* between kinks of one row, and some more for each switch function */
+    PK__STEP_NUMBERS = 1 << 18, /* numbers of a block of rows, which is at least one row */
+    PK__STEP_PIECES = 1024      /* room for the pieces of one row, and some more for each switch function */
 };
 
 typedef struct pk__step_integral {
     pk_context *context;
     const pk_graph *graph;
-    int kinked, exact, mixed; /* it has switch functions; it is a piecewise polynomial; dPhi/dx, not Phi */
-    size_t rows, numbers;     /* of a block; of the integrand of the most rows */
-    size_t output;            /* mixed */
+    int kinked, exact,
+        /* the network has switch functions; it is a piecewise polynomial in t; dPhi/dx is computed instead of Phi */
+        mixed;
+    size_t rows, numbers; /* rows of a block; numbers of the integrand of a whole block */
+    size_t output;        /* mixed */
     /* The step and the rows: */
     const pk_real *w, *next;
     pk_matrix inputs;
     /* Memory: */
     double *node, *weight; /* rules 1 .. PK__STEP_ORDERS, as pk__gauss_table has them */
     pk_real *at, *direction, *value;
-    double *coarse, *fine;           /* numbers */
-    double *ends[4];                 /* mixed: J at the start and the end of a piece, of two rules; P each */
-    double *start, *end, *previous;  /* mixed: of the whole piece between kinks; of the one in front of it */
+    double *coarse, *fine; /* numbers */
+    double *ends[4];       /* mixed: J at the start and the end of a piece, of two rules; P each */
+    double *start, *end,
+        *previous; /* mixed: J at both ends of the piece between two kinks; at the end of the piece before it */
     pk_real *seeds, *units, *copies; /* mixed: D x C, D x D, D x D: cotangents, directions, the input D times */
     pk__path segment;
     pk__pieces from, pieces;
@@ -82,7 +85,7 @@ static int pk__step_integral_is_exact(const pk_graph *graph)
     return 1;
 }
 
-/* Rows of a block, from shapes alone. */
+/* The number of rows in a block; it depends on shapes alone. */
 static size_t pk__step_integral_rows(const pk_graph *graph, size_t rows)
 {
     const size_t one = pk__max(graph->output_width * pk__max(graph->parameters, 1), 1);
@@ -119,7 +122,7 @@ PK__PRIVATE void pk__step_integral_end(pk__step_integral *phi)
     phi->varied.nodes = NULL;
 }
 
-/* The memory of everything but the step. */
+/* Takes all memory; the step is the caller's. */
 PK__PRIVATE void pk__step_integral_take(pk__arena *arena, size_t rows, pk__step_integral *phi)
 {
     const pk_graph *graph = phi->graph;
@@ -342,7 +345,7 @@ static void pk__step_integral_switches(const pk__step_integral *phi, size_t row,
         pk_call call;
         pk__pass_call(tape, node, 1, 1, &call);
         call.out = values;
-        if (tangents) { /* affine in the inputs: what is constant is taken off */
+        if (tangents) { /* affine in the inputs: the constant part is subtracted */
             for (int j = 0; j < node->input_count; j++)
                 call.in[j] = phi->zero;
             node->operation->switches(&call);
@@ -385,7 +388,7 @@ static void pk__step_integral_kink(pk__step_integral *phi, pk_matrix inputs, dou
         jump = fmax(jump, fabs(phi->previous[p] - phi->start[p]));
         size = fmax(size, fmax(fabs(phi->previous[p]), fabs(phi->start[p])));
     }
-    if (!(jump > 64 * PK__EPSILON * size)) /* a switch that nothing depends on */
+    if (!(jump > 64 * PK__EPSILON * size)) /* the output does not depend on this switch */
         return;
     phi->kinks++;
     pk__step_integral_forward(phi, a, 1, inputs.data);
@@ -398,7 +401,7 @@ static void pk__step_integral_kink(pk__step_integral *phi, pk_matrix inputs, dou
         pk_graph_spread(graph, phi->direction, phi->use_direction);
         weights = phi->use_weights, direction = phi->use_direction;
     }
-    /* dz/dt: along the step, of one row. */
+    /* dz/dt, along the step, for one row. */
     const pk__line step = {weights, direction, NULL}, still = {weights, NULL, NULL};
     memset(phi->tape.tangent[0], 0, D * D * sizeof(pk_real));
     pk__pass_tangent(&phi->tape, &step, 1);
@@ -409,7 +412,8 @@ static void pk__step_integral_kink(pk__step_integral *phi, pk_matrix inputs, dou
     size_t used = 0;
     int agree = 1;
     memset(phi->slopes, 0, D * sizeof *phi->slopes);
-    /* Of several functions that change sign here, as units that are copies of each other: all must move alike. */
+    /* Several functions may change sign here, such as those of units that are copies of each other; all must move in the
+     * same way. */
     for (size_t d = 0; d < D; d++) {
         pk__step_integral_switches(phi, d, 1, phi->across);
         used = 0;
