@@ -81,8 +81,8 @@ static void add_products(block *b, const pk__points *points)
     product->seconds += pk__seconds() - start;
 }
 
-/* What of a step belongs to the layers whose Phi was materialised. */
-static void add_materialised(const job *j, block *b)
+/* What of a step belongs to the layers whose Phi was materialized. */
+static void add_materialized(const job *j, block *b)
 {
     for (size_t l = 0; l < j->graph.layers; l++)
         for (size_t r = 0; b->integral.layer[l].integrated && r < b->count; r++) {
@@ -122,7 +122,7 @@ static void take_step(void *data, size_t repeats)
                 add_products(b, points);
             }
             pk__integral_end(&b->integral);
-            add_materialised(j, b);
+            add_materialized(j, b);
         }
     }
 }
@@ -264,7 +264,7 @@ static void job_layout(job *j, pk__arena *arena)
         pk__integral_take(arena, &j->graph, &readout, j->block_rows,
                           j->engine != PK_ENGINE_FACTORED ? j->outputs : 0, j->outputs, 0, &representation,
                           &b->integral);
-        pk__product_take(arena, &b->integral, !representation.materialised, &b->product);
+        pk__product_take(arena, &b->integral, !representation.materialized, &b->product);
         b->phi = (pk_real *)pk__arena_take(arena, j->outputs, P * real);
         b->result = (pk_real *)pk__arena_take(arena, j->block_rows * j->outputs, j->batch * real);
         b->rows = j->test ? j->test + t * j->block_rows * INPUTS : NULL;

@@ -16,10 +16,10 @@
  *
  * Flops are the least that the factored form needs, so that less work counts as speed: a row and step of n points costs 2
  * batch (n + 1) (W + C W) for widths W and C outputs, since first and last layers are summed over the points first; in
- * reverse time, where Phi is materialised, 2 batch C P.
+ * reverse time, where Phi is materialized, 2 batch C P.
  *
  * The residual is the worst closure / max(1, |h|); of the entries lines, the largest difference to the
- * reverse-time form with materialised tangent features, relative to the largest contribution.
+ * reverse-time form with materialized tangent features, relative to the largest contribution.
  */
 #include "bench_run.h"
 #include <float.h>

@@ -8,7 +8,7 @@
  * data of the same shape serve; 28x28 images are the digits enlarged. Sizes are test rows x training rows x steps.
  * Lines NETWORK/RULE: the whole decomposition, all threads; the rate is that of its contraction's flops over the whole
  * time; the residual is the worst closure / max(1, |h|), which only the rule auto has to keep small. Lines
- * NETWORK/rows and /factored: gradients of layers used at several places materialised, or not, for the shape that
+ * NETWORK/rows and /factored: gradients of layers used at several places materialized, or not, for the shape that
  * the line names; the residual is the largest difference of the two, relative to the largest contribution.
  */
 #include "bench_run.h"

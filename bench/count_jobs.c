@@ -142,7 +142,7 @@ static pk_status decompose(state *s)
     "input 8x8; dense 8; position; residual( layer_norm; attention 2 ); residual( layer_norm; dense 16; " \
     "gelu; dense 8 ); mean_tokens; dense 10"
 
-/* Name, network, optimiser, rate, steps, batch, training rows, test rows. */
+/* Name, network, optimizer, rate, steps, batch, training rows, test rows. */
 static const counted_job jobs[] = {
     {{"product", "", "", 0, 0, 0, 0, 0, 0}, prepare_product, multiply},
     {{"train", MLP("tanh"), "adamw", 0.003, 60, 32, TRAINING, 0, 0}, prepare_training, train},

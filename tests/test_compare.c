@@ -1,5 +1,5 @@
 /* pk_compare: its rules against plain loops over Jacobians, forward in time with one momentum for each example; the residuals and
- * orders of a published table; what holds for every network and optimiser; its calls. */
+ * orders of a published table; what holds for every network and optimizer; its calls. */
 #include "trained.h"
 
 enum {

@@ -1,6 +1,6 @@
 /* Entries, decay, unattributed, sums by step and by layer against brute force (graph_oracle.h: one momentum vector an
  * example, carried forward in time) for the layers that dense networks do not have: norms, embeddings, attention and what
- * goes with them, under every optimiser that has a state. And that brute force itself, against the other one
+ * goes with them, under every optimizer that has a state. And that brute force itself, against the other one
  * (brute_force.h) and against the library's Jacobians. */
 #include "random_runs.h"
 
@@ -127,7 +127,7 @@ static void test_entries(void **state)
                   worst_others, worst_oracle);
 }
 
-/* Dense networks: two oracles that share losses and optimisers, but neither networks nor quadrature. */
+/* Dense networks: two oracles that share losses and optimizers, but neither networks nor quadrature. */
 static void test_oracles_agree(void **state)
 {
     static const char *const networks[] = {"input 4; dense 6; tanh; dense 5; sigmoid; dense 3",

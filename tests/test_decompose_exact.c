@@ -1,4 +1,4 @@
-/* Decompositions against brute force in long double: every activation, loss, optimiser and engine. The last
+/* Decompositions against brute force in long double: every activation, loss, optimizer and engine. The last
  * line of the output gives the worst closure and the worst entry error over everything in this file. */
 #include "fixture.h"
 

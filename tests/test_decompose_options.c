@@ -608,7 +608,7 @@ static void test_not_closed(void **state)
     teardown(&f);
 }
 
-/* A wrong optimiser shows as unattributed; closure stays. */
+/* A wrong optimizer shows as unattributed; closure stays. */
 static void test_wrong_optimizer(void **state)
 {
     (void)state;
@@ -663,7 +663,7 @@ static void test_wrong_optimizer(void **state)
 
 /* ---- hostile runs ------------------------------------------------------------------------------------ */
 
-/* Weights that are no numbers or overflow end with a status, at every step, with every kind of optimiser. */
+/* Weights that are no numbers or overflow end with a status, at every step, with every kind of optimizer. */
 static void test_not_finite(void **state)
 {
     (void)state;

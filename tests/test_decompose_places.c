@@ -119,7 +119,7 @@ static void check(const subject *s, uint64_t seed)
         expected = FIXTURE_NEW(double, cells *EXAMPLES);
         brute(&context, &run, test, expected);
     }
-    for (int e = 0; e < 5; e++) { /* the last: with bounds, which materialise */
+    for (int e = 0; e < 5; e++) { /* the last: with bounds, which materialize */
         pk_decompose_options how;
         pk_decomposition out;
         memset(&how, 0, sizeof how);

@@ -10,7 +10,7 @@ typedef struct job {
 } job;
 
 /* A recorded run of a small dense network of the same inputs and outputs, with graph and weights replaced:
- * what the optimiser does not explain is unattributed, and everything must still close. */
+ * what the optimizer does not explain is unattributed, and everything must still close. */
 static void begin(job *j, pk_graph *graph, const char *optimizer, size_t rows, const pk_real *weights)
 {
     enum { STEPS = 4 };

@@ -359,7 +359,7 @@ static void check_bits(const pk_run *run, int bounds, const char *name)
     options.keep[1] = PK_BY_STEP | PK_BY_LAYER;
     options.step_closure = 1;
     options.bounds = bounds;
-    options.engine = PK_ENGINE_INTEGRATED; /* also without an optimiser's state there is Phi to cut */
+    options.engine = PK_ENGINE_INTEGRATED; /* also without an optimizer's state there is Phi to cut */
     assert_true(pk__integral_unit(5, run->parameters) < 4);
     context.threads = 1;
     (void)decompose(&context, run, inputs, &options, &first);
@@ -405,7 +405,7 @@ static void test_same_bits(void **state)
             }
 }
 
-/* Layers whose gradients are materialised row by row. */
+/* Layers whose gradients are materialized row by row. */
 static void test_same_bits_by_rows(void **state)
 {
     (void)state;

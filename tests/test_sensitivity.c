@@ -1,5 +1,5 @@
 /* How attributions move with the input: against differences of the decomposition, by example, step and layer; its closure, with
- * kinks and without, under every optimiser; refusals. */
+ * kinks and without, under every optimizer; refusals. */
 #include "trained.h"
 
 enum { N = 6 };

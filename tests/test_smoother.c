@@ -1,5 +1,5 @@
 /* The exact smoother of squared loss and the telescoped predictions: against the network at every step, against the literal
- * recurrence with its own quadrature, under every optimiser; its order where the test side is not integrated; refusals. */
+ * recurrence with its own quadrature, under every optimizer; its order where the test side is not integrated; refusals. */
 #include "trained.h"
 
 enum { M = 4, N = 6 };

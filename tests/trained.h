@@ -1,4 +1,4 @@
-/* trained.h: small runs of pk_train of any network line and optimiser, for tests that need a recorded run. */
+/* trained.h: small runs of pk_train of any network line and optimizer, for tests that need a recorded run. */
 #ifndef TRAINED_H
 #define TRAINED_H
 #include "fixture.h"
