@@ -209,6 +209,8 @@ PK__PRIVATE void pk__node_places(const pk__tape *tape, const pk_node *node, size
                                  pk_real *places, pk_real *deltas)
 {
     const size_t positions = node->positions, out = node->fan_out;
+    const int channels = node->operation->channels_first;
+    const size_t next_place = channels ? 1 : out, next_unit = channels ? positions : 1;
     const pk_real *from = tape->cotangent[node - tape->graph->nodes] + row * copies * node->width;
     pk_call call;
     pk__pass_call(tape, node, 1, copies, &call);
@@ -218,11 +220,13 @@ PK__PRIVATE void pk__node_places(const pk__tape *tape, const pk_node *node, size
         node->operation->unfold(&call);
     else
         memcpy(places, call.in[0], call.in_width[0] * sizeof *places);
-    for (size_t k = 0; k < copies; k++)
-        for (size_t q = 0; q < positions; q++)
+    for (size_t k = 0; k < copies; k++, from += node->width)
+        for (size_t q = 0; q < positions; q++) {
+            const pk_real *at = from + q * next_place;
+            pk_real *to = deltas + (q * copies + k) * out;
             for (size_t j = 0; j < out; j++)
-                deltas[(q * copies + k) * out + j] =
-                    from[k * node->width + (node->operation->channels_first ? j * positions + q : q * out + j)];
+                to[j] = at[j * next_unit];
+        }
 }
 
 PK__INTERNAL void pk__examples_perturb(size_t count, const pk_real *weights, pk_real *perturbed)

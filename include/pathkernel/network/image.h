@@ -830,32 +830,51 @@ static pk_status pk__adaptive_shape(pk_context *context, const pk_graph *graph, 
 /* max_pool K [stride=K] [pad=0] [ceil_mode]: PyTorch's MaxPool2d; padding is never the maximum. */
 
 /* The number in its plane of a window's first maximum, or of its last NaN, as PyTorch's. */
-static size_t pk__window_maximum(const pk__windows *w, const pk_real *plane, size_t y, size_t x)
+static size_t pk__window_maximum(const pk__windows *w, const pk_real *plane, const pk__span *rows,
+                                 const pk__span *columns)
 {
-    const pk__span rows = pk__window_span(w, 0, y), columns = pk__window_span(w, 1, x);
-    size_t best = rows.low * w->width + columns.low;
-    for (size_t row = rows.low; row < rows.high; row++)
-        for (size_t at = row * w->width + columns.low; at < row * w->width + columns.high; at++)
+    size_t best = rows->low * w->width + columns->low;
+    for (size_t row = rows->low; row < rows->high; row++)
+        for (size_t at = row * w->width + columns->low; at < row * w->width + columns->high; at++)
             if (plane[at] > plane[best] || isnan(plane[at]))
                 best = at;
     return best;
-}
-
-/* The same for output number output of an image: its number in the image. */
-static size_t pk__pool_maximum(const pk__windows *w, const pk_real *image, size_t output)
-{
-    const size_t positions = w->rows * w->columns, plane = output / positions * w->height * w->width;
-    return plane + pk__window_maximum(w, image + plane, output % positions / w->columns, output % w->columns);
 }
 
 /* to[output] = from[the first maximum of the output's window in the input] */
 static void pk__pool_pick(const pk_call *call, const pk_real *from, pk_real *to)
 {
     const pk__windows w = pk__pool_windows(call->node);
+    const size_t plane = w.height * w.width, planes = call->rows * call->node->shape.dims[0];
     const pk_real *in = call->in[0];
-    for (size_t row = 0; row < call->rows; row++, in += call->in_width[0], from += call->in_width[0])
-        for (size_t output = 0; output < call->node->width; output++)
-            *to++ = from[pk__pool_maximum(&w, in, output)];
+    for (size_t i = 0; i < planes; i++, in += plane, from += plane)
+        for (size_t y = 0; y < w.rows; y++) {
+            const pk__span rows = pk__window_span(&w, 0, y);
+            for (size_t x = 0; x < w.columns; x++) {
+                const pk__span columns = pk__window_span(&w, 1, x);
+                *to++ = from[pk__window_maximum(&w, in, &rows, &columns)];
+            }
+        }
+}
+
+/* in_cotangent += out_cotangent at the maximum of each window of one row of inputs, for each copy. */
+static void pk__pool_return(const pk_call *call, const pk__windows *w, const pk_real *in,
+                            const pk_real *out_cotangent, pk_real *in_cotangent)
+{
+    const size_t plane = w->height * w->width, channels = call->node->shape.dims[0];
+    size_t output = 0;
+    for (size_t channel = 0; channel < channels; channel++)
+        for (size_t y = 0; y < w->rows; y++) {
+            const pk__span rows = pk__window_span(w, 0, y);
+            for (size_t x = 0; x < w->columns; x++, output++) {
+                const pk__span columns = pk__window_span(w, 1, x);
+                const size_t at =
+                    channel * plane + pk__window_maximum(w, in + channel * plane, &rows, &columns);
+                for (size_t copy = 0; copy < call->copies; copy++)
+                    in_cotangent[copy * call->in_width[0] + at] +=
+                        out_cotangent[copy * call->node->width + output];
+            }
+        }
 }
 
 static void pk__max_pool_reverse(const pk_call *call)
@@ -865,11 +884,8 @@ static void pk__max_pool_reverse(const pk_call *call)
     if (!call->accumulate[0])
         memset(call->in_cotangent[0], 0, call->rows * copies * in * sizeof(pk_real));
     for (size_t row = 0; row < call->rows; row++)
-        for (size_t output = 0; output < width; output++) {
-            const size_t at = pk__pool_maximum(&w, call->in[0] + row * in, output);
-            for (size_t copy = row * copies; copy < (row + 1) * copies; copy++)
-                call->in_cotangent[0][copy * in + at] += call->out_cotangent[copy * width + output];
-        }
+        pk__pool_return(call, &w, call->in[0] + row * in, call->out_cotangent + row * copies * width,
+                        call->in_cotangent[0] + row * copies * in);
 }
 
 /* Differences of the pairs of numbers that are in one window, each pair once: their number is pk__pool_pairs.
