@@ -629,19 +629,14 @@ class _Call:
 
 
 class _Held:
-    """A struct of the library with what it holds, given back when nobody uses it any more."""
+    """A struct of the library with what it holds, given back when nobody uses it any more: a call that it is handed to does."""
 
     def __init__(self, call: _Call, struct: str, release: str) -> None:
         self.call, self.struct = call, call.library.new(struct)
+        self._as_parameter_ = ctypes.byref(self.struct)
         function = getattr(call.library, release)
         context = call.context
-        self.close = weakref.finalize(
-            self, lambda held: function(ctypes.byref(context), ctypes.byref(held)), self.struct
-        )
-
-    @property
-    def pointer(self) -> Any:
-        return ctypes.byref(self.struct)
+        weakref.finalize(self, lambda held: function(ctypes.byref(context), ctypes.byref(held)), self.struct)
 
     def take(self, address: int | None, *shape: int) -> np.ndarray:
         """The library's memory as an array, which keeps it; of nothing, an array of its own."""
@@ -781,9 +776,7 @@ class Network:
         thunk = library.callbacks["pk_constants.load"](load_constant)
         named = library.structs["pk_constants"](ctypes.cast(thunk, c_void_p), None)
         try:
-            call.once(
-                "pk_network_parse_with", _text(line, "network"), ctypes.byref(named), self._held.pointer
-            )
+            call.once("pk_network_parse_with", _text(line, "network"), ctypes.byref(named), self._held)
         except Error as error:
             if missing:
                 raise InputError(
@@ -802,7 +795,7 @@ class Network:
     def initialize(self, seed: int = 0) -> np.ndarray:
         """(P,) weights: each layer's own initialization, PyTorch's default for most."""
         weights = np.empty(self.parameters, _library().real)
-        _Call().once("pk_network_initialize", self._held.pointer, _whole(seed, "seed"), weights.ctypes.data)
+        _Call().once("pk_network_initialize", self._held, _whole(seed, "seed"), weights.ctypes.data)
         return weights
 
     def __call__(self, weights: Any, x: Any, *, threads: int = 0) -> np.ndarray:
@@ -884,11 +877,12 @@ class Run:
         self._given = until, recover, threads, memory_limit
         self.threads, self.memory_limit = threads, memory_limit
         call = _Call(threads, memory_limit)
-        self._held = _Held(call, "pk_run", "pk_run_release")
-        call.once("pk_run_recover" if recover else "pk_run_open", _path(path), self._held.pointer)
+        held = _Held(call, "pk_run", "pk_run_release")
+        call.once("pk_run_recover" if recover else "pk_run_open", _path(path), held)
         if until is not None:
-            call.once("pk_run_until", self._held.pointer, _whole(until, "until"))
-        run = self._held.struct
+            call.once("pk_run_until", held, _whole(until, "until"))
+        self._held: _Held | None = held
+        run = held.struct
         self.steps, self.parameters = int(run.steps), int(run.parameters)
         self.examples, self.outputs = int(run.examples), int(run.outputs)
         self.layers, self.keep_every = int(run.graph.columns), int(run.keep_every)
@@ -908,8 +902,8 @@ class Run:
         self.close()
 
     def close(self) -> None:
-        """Gives the run's files back; they are also given back when nobody uses the run any more."""
-        self._held.close()
+        """Gives the run's files back, after the calls that still compute with it; so does the end of the run's life."""
+        self._held = None
 
     @property
     def manifest(self) -> dict[str, str]:
@@ -940,16 +934,18 @@ class Run:
         call = self._call(threads, None, False)
         step = self._step(step, self.steps)
         weights = np.empty(self.parameters, call.library.real)
-        replay = _Held(call, "pk_replay", "pk_replay_release")
-        call.once("pk_replay_prepare", self._open, 0, replay.pointer)
-        call.once("pk_replay_weights", replay.pointer, step, weights.ctypes.data)
+        replay: Any = _Held(call, "pk_replay", "pk_replay_release")
+        replay.run = self._open  # which has to be there until the end
+        call.once("pk_replay_prepare", replay.run, 0, replay)
+        call.once("pk_replay_weights", replay, step, weights.ctypes.data)
         return weights
 
     def __call__(self, x: Any, step: int = -1, *, threads: int | None = None) -> np.ndarray:
         """(M, C): the network's outputs on x after a step; 0: before training, -1: at the end."""
         _, rows = self._rows(x, "x")
         weights = self.weights(step, threads=threads)
-        return _evaluate(self._call(threads, None, False), self._held.struct.graph, weights, rows)
+        held = self._open
+        return _evaluate(self._call(threads, None, False), held.struct.graph, weights, rows)
 
     def decompose(
         self,
@@ -1020,7 +1016,7 @@ class Run:
         for output in chosen:
             options.readout_output = output or 0
             held = _Held(call, "pk_decomposition", "pk_decomposition_release")
-            status = call.long("pk_decompose", self._open, _matrix(rows), ctypes.byref(options), held.pointer)
+            status = call.long("pk_decompose", self._open, _matrix(rows), ctypes.byref(options), held)
             if status not in (Status.NOT_CLOSED, Status.UNATTRIBUTED):
                 call.check(status)
             message = call.message() if status else ""
@@ -1149,10 +1145,11 @@ class Run:
     # ---- arguments
 
     @property
-    def _open(self) -> Any:
-        if not self._held.close.alive:
+    def _open(self) -> _Held:
+        held = self._held
+        if held is None:
             raise _refusal(f"{self!r} is closed")
-        return self._held.pointer
+        return held
 
     def _call(self, threads: int | None, memory_limit: int | str | None, progress: Progress) -> _Call:
         limit = self.memory_limit if memory_limit is None else memory_limit
@@ -1216,10 +1213,8 @@ class Run:
 
     def _labels(self, rows: np.ndarray, labels: Any) -> np.ndarray:
         if labels is None:
-            weights = self.weights()
-            labels = _evaluate(self._call(None, None, False), self._held.struct.graph, weights, rows).argmax(
-                1
-            )
+            weights, held = self.weights(), self._open
+            labels = _evaluate(self._call(None, None, False), held.struct.graph, weights, rows).argmax(1)
         found: np.ndarray = np.require(
             _numbers(labels, "labels", "biu"), np.int64, ["C_CONTIGUOUS", "ALIGNED"]
         )
@@ -1379,8 +1374,8 @@ def train(
     dataset.inputs, dataset.targets = _view(inputs), _view(targets)
     call.once("pk_dataset_check", ctypes.byref(dataset), made._held.struct.input_width, made.outputs)
     criterion = _Held(call, "pk_criterion", "pk_criterion_release")
-    call.once("pk_criterion_parse", _text(loss, "loss"), criterion.pointer)
-    call.once("pk_criterion_check", criterion.pointer, ctypes.byref(dataset), made.outputs)
+    call.once("pk_criterion_parse", _text(loss, "loss"), criterion)
+    call.once("pk_criterion_check", criterion, ctypes.byref(dataset), made.outputs)
     _check_rows(call, made._held.struct, _reals(inputs, "x"))
     rule = library.new("pk_optimizer")
     call.once("pk_optimizer_parse", _text(optimizer, "optimizer"), ctypes.byref(rule))
@@ -1422,7 +1417,7 @@ def train(
     result = library.new("pk_train_result")
     status = call.long(
         "pk_train",
-        made._held.pointer,
+        made._held,
         ctypes.byref(dataset),
         ctypes.byref(options),
         moving.ctypes.data,

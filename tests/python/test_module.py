@@ -625,8 +625,13 @@ class Memory(unittest.TestCase):
     def test_closed(self):
         with pathkernel.Run(RUN.path) as run:
             run.decompose(TESTS)
-        for call in (run.decompose, run.compare, run):
-            self.assertRaisesRegex(pathkernel.InputError, "is closed", call, TESTS)
+        run = pathkernel.Run(RUN.path)  # closed in the midst of a call, which ends well
+        result = run.decompose(TESTS, progress=lambda phase, fraction: run.close())
+        np.testing.assert_array_equal(result.by_example, RUN.decompose(TESTS).by_example)
+        for call in (run.decompose, run.compare, run, run.kernel, lambda x: run.weights()):
+            self.assertRaisesRegex(
+                pathkernel.InputError, "is closed", *((call, "ntk") if call == run.kernel else (call, TESTS))
+            )
         run.close()
 
     def test_limit(self):
