@@ -181,6 +181,8 @@ void pk_run_release(pk_context *context, pk_run *run);
 pk_status pk_replay_prepare(pk_context *context, const pk_run *run, size_t reach, pk_replay *replay);
 pk_status pk_replay_weights(pk_context *context, pk_replay *replay, size_t step, pk_real *weights);
 void pk_replay_release(pk_context *context, pk_replay *replay);
+pk_status pk_average_parse(pk_context *context, const char *text, pk_average *average);
+pk_status pk_run_average(pk_context *context, const pk_run *run, const pk_average *average, pk_real *weights);
 pk_status pk_quadrature_parse(pk_context *context, const char *text, pk_quadrature *quadrature);
 pk_status pk_decompose(pk_context *context, const pk_run *run, pk_matrix inputs, const pk_decompose_options *options, pk_decomposition *out);
 void pk_decomposition_release(pk_context *context, pk_decomposition *decomposition);
@@ -250,8 +252,10 @@ _STRUCTS: dict[str, dict[str, Any]] = {
     },
     "pk_replay": {},
     "pk_quadrature": {"rule": c_uint, "nodes": c_int},
+    "pk_average": {},
     "pk_decompose_options": {
         "quadrature": "pk_quadrature",
+        "average": "pk_average",
         "tolerance": c_double,
         "unattributed": c_double,
         "readout.kind": c_uint,
@@ -270,7 +274,8 @@ _STRUCTS: dict[str, dict[str, Any]] = {
     "pk_tensor": {"axes": c_uint, "rank": c_int, "shape": c_size_t * 5, "data": c_void_p},
     "pk_decomposition": {
         **{name: c_size_t for name in ("rows", "outputs", "examples", "groups", "steps", "layers")},
-        **{name: c_void_p for name in ("initial", "final", "data", "decay", "unattributed", "closure")},
+        **{name: c_void_p for name in ("initial", "final", "data", "decay", "inherited")},
+        **{name: c_void_p for name in ("unattributed", "closure")},
         "kept": ["pk_tensor"],
         "kept_count": c_size_t,
         "bounds": c_void_p,
@@ -329,9 +334,6 @@ _STRUCTS: dict[str, dict[str, Any]] = {
     },
     "pk_train_result": {"steps": c_size_t, "resumed": c_size_t, "objective": c_double},
 }
-# Of pk_decomposition: named by libraries that know runs with a state to begin with.
-_OPTIONAL = {("pk_decomposition", "inherited"): c_void_p}
-
 _KINDS = {c_double: 1, c_int: 2, c_uint: 3, c_size_t: 3, c_uint64: 3}  # of pk_field
 
 
@@ -387,8 +389,6 @@ class _Library:
         return self.structs[struct]()
 
     def _struct(self, name: str, members: dict[str, Any]) -> type:
-        optional = [field for struct, field in _OPTIONAL if struct == name and (name, field) in self.fields]
-        members.update({field: _OPTIONAL[name, field] for field in optional})
         missing = [field for field in ["", *members] if (name, field) not in self.fields]
         if missing:
             raise ImportError(f"{self.path} has no {name}.{missing[0]}; it is another version than this file")
@@ -888,6 +888,7 @@ class Run:
         self.layers, self.keep_every = int(run.graph.columns), int(run.keep_every)
         self.cut_off = bool(run.cut_off)
         self.network = str(run.graph.text.decode())
+        self.inherits = "initial_step" in self.manifest  # it begins with an optimizer's state
 
     def __repr__(self) -> str:
         return f"Run({self.network!r}: {self.parameters} parameters, {self.examples} examples, {self.steps} steps)"
@@ -929,11 +930,20 @@ class Run:
         array: np.ndarray = np.load(os.path.join(self.path, "train_targets.npy"), mmap_mode="r")
         return array
 
-    def weights(self, step: int = -1, *, threads: int | None = None) -> np.ndarray:
-        """(P,): w_step, step from 0 to run.steps; -1: the last. Those that were not kept are computed again, to the bit."""
+    def weights(
+        self, step: int = -1, *, average: str | None = None, threads: int | None = None
+    ) -> np.ndarray:
+        """(P,): w_step, step from 0 to run.steps; -1: the last. Those that were not kept are computed again, to the bit.
+        average: that of all steps, as in decompose."""
         call = self._call(threads, None, False)
         step = self._step(step, self.steps)
         weights = np.empty(self.parameters, call.library.real)
+        if average is not None:
+            if step != self.steps:
+                raise _refusal("weights: an average is of all steps; Run(path, until=...) ends earlier")
+            chosen = self._average(call, average)
+            call.once("pk_run_average", self._open, ctypes.byref(chosen), weights.ctypes.data)
+            return weights
         replay: Any = _Held(call, "pk_replay", "pk_replay_release")
         replay.run = self._open  # which has to be there until the end
         call.once("pk_replay_prepare", replay.run, 0, replay)
@@ -955,6 +965,7 @@ class Run:
         *,
         labels: Any = None,
         groups: Any = None,
+        average: str | None = None,
         quadrature: str = "auto",
         tolerance: float = 0,
         unattributed: float = 0,
@@ -971,7 +982,8 @@ class Run:
         output that the network decides for, with labels (M,) one for each input; or a smooth function of (number of the input,
         its outputs f (C,)), which gives numbers h (K,) and their slopes dh/df (K, C), such as a log-probability. keep: which sums to keep, of "example" (or
         "train"), "step", "layer", "group", and "total" for none; "example,step" keeps both axes in one array. groups: (N,)
-        the number of each training example's group, for "group". bounds: a bound on the error of each entry of by_example.
+        the number of each training example's group, for "group". average: "ema:BETA" or "swa:FROM:EVERY", the outputs of an average
+        of the weights instead of the last ones. bounds: a bound on the error of each entry of by_example.
         tolerance, unattributed: 0 for the library's own. progress: True or False for a bar of tqdm, which long calls
         show by themselves; or a function of (phase, fraction), which cancels by returning something true.
         """
@@ -980,6 +992,8 @@ class Run:
         library = call.library
         options = library.new("pk_decompose_options")
         options.quadrature = _quadrature(call, quadrature)
+        if average is not None:
+            options.average = self._average(call, average)
         options.tolerance, options.unattributed = float(tolerance), float(unattributed)
         options.bounds, options.step_closure = int(bool(bounds)), int(bool(step_closure))
         options.rows_at_once = _whole(rows_at_once, "rows_at_once")
@@ -997,7 +1011,7 @@ class Run:
         if labels is not None or (isinstance(outputs, str) and outputs == "label"):
             if not (isinstance(outputs, str) and outputs in ("all", "label")):
                 raise _refusal(f"outputs={outputs!r} does not go with labels")
-            labels = self._labels(rows, labels)
+            labels = self._labels(rows, labels, average)
             options.readout_kind, options.readout_labels = library.PK_READOUT_LABEL, labels.ctypes.data
         elif callable(outputs):
             readout = self._readout(call, outputs, rows, options)  # called until the end
@@ -1021,7 +1035,7 @@ class Run:
                 call.check(status)
             message = call.message() if status else ""
             _warn(status, message)
-            parts.append(_decomposition(held, status, message, self.layers))
+            parts.append(_decomposition(held, status, message, self.inherits))
         result = parts[0] if len(parts) == 1 else _joined(parts)
         result.run, result.inputs = self, array
         result.outputs = labels if labels is not None else None if chosen[0] is None else np.array(chosen)
@@ -1211,9 +1225,14 @@ class Run:
             raise _refusal("keep='group' needs groups, (N,) the number of each training example's group")
         return found
 
-    def _labels(self, rows: np.ndarray, labels: Any) -> np.ndarray:
+    def _average(self, call: _Call, text: str) -> Any:
+        average = call.library.new("pk_average")
+        call.once("pk_average_parse", _text(text, "average"), ctypes.byref(average))
+        return average
+
+    def _labels(self, rows: np.ndarray, labels: Any, average: str | None) -> np.ndarray:
         if labels is None:
-            weights, held = self.weights(), self._open
+            weights, held = self.weights(average=average), self._open
             labels = _evaluate(self._call(None, None, False), held.struct.graph, weights, rows).argmax(1)
         found: np.ndarray = np.require(
             _numbers(labels, "labels", "biu"), np.int64, ["C_CONTIGUOUS", "ALIGNED"]
@@ -1448,7 +1467,7 @@ def _schedule(rate: Any, steps: int, name: str) -> tuple[Any, np.ndarray | None]
 
 # ---- results
 
-_PARTS = ("initial", "data", "inherited", "decay", "unattributed", "closure")  # which add up to final
+_PARTS = ("initial", "data", "decay", "inherited", "unattributed", "closure")  # which add up to final
 
 
 class Decomposition:
@@ -1750,14 +1769,10 @@ def _image(row: np.ndarray, shape: tuple[int, ...] | None) -> np.ndarray:
     return row
 
 
-def _decomposition(held: _Held, status: int, message: str, layers: int) -> Decomposition:
+def _decomposition(held: _Held, status: int, message: str, inherits: bool) -> Decomposition:
     library, d = held.call.library, held.struct
-    names = [
-        name
-        for name in ("initial", "final", "data", "inherited", "decay", "unattributed", "closure")
-        if hasattr(d, name)
-    ]
-    arrays = {name: held.take(getattr(d, name), d.rows, d.outputs) for name in names if getattr(d, name)}
+    names = [name for name in ("initial", "final", *_PARTS[1:]) if name != "inherited" or inherits]
+    arrays = {name: held.take(getattr(d, name), d.rows, d.outputs) for name in names}
     for tensor in d.kept[: d.kept_count]:
         axes = [axis for axis, constant in _AXES.items() if tensor.axes & getattr(library, constant)]
         if axes:

@@ -339,6 +339,55 @@ class Numbers(unittest.TestCase):
         np.testing.assert_allclose(early.decompose(TESTS).final, RUN(TESTS, 4), rtol=0, atol=rounding(1e-14))
         np.testing.assert_array_equal(early(TESTS), RUN(TESTS, 4))
 
+    def test_average(self):
+        """Averages have paths of their own: they begin and end where NumPy says, and close."""
+        w = np.load(os.path.join(RUN.path, "weights.npy"))
+        averages = {"swa:4:2": w[4::2].mean(0), "ema:0": w[-1]}
+        ema = w[0]
+        for one in w[1:]:
+            ema = 0.8 * ema + 0.2 * one
+        averages["ema:0.8"] = ema
+        for text, wanted in averages.items():
+            result = RUN.decompose(TESTS, average=text)
+            network = pathkernel.Network(SMOOTH)
+            np.testing.assert_allclose(RUN.weights(average=text), wanted, rtol=0, atol=rounding(1e-14))
+            np.testing.assert_allclose(result.final, network(wanted, TESTS), rtol=0, atol=rounding(1e-13))
+            self.assertLess(np.abs(result.residual()).max(), rounding(1e-14))
+            self.assertTrue(result.closed)
+            label = RUN.decompose(TESTS, "label", average=text)
+            np.testing.assert_allclose(label.final[:, 0], result.final.max(1), rtol=0, atol=rounding(1e-12))
+        self.assertRaisesRegex(pathkernel.InputError, "median", RUN.decompose, TESTS, average="median")
+        self.assertRaisesRegex(pathkernel.InputError, "is of all steps", RUN.weights, 3, average="ema:0.8")
+
+    def test_inherited(self):
+        """The second half of a run, which begins with the first half's momentum: what is inherited is one of the parts."""
+        folder, half, rate, beta = new_folder(), new_folder(), 0.2, 0.9
+        weights, _, _ = recorded_by_hand(folder)
+        y = np.load(os.path.join(folder, "train_targets.npy"))
+        w, m, kept = weights[0], np.zeros(38), [weights[0]]
+        for step in range(6):
+            if step == 3:
+                state, kept = m, [w]
+            m = beta * m + np.mean([gradient(w, x, f - t) for x, f, t in zip(X, forward(w, X)[1], y)], 0)
+            w = w - rate * m
+            kept.append(w)
+        shutil.copytree(folder, half)
+        arrays = {"weights": np.array(kept), "learning_rates": np.full(3, rate), "initial_state": state[None]}
+        arrays["batch_offsets"] = np.arange(4, dtype=np.int64) * N
+        arrays["batch_items"] = np.tile(np.arange(N, dtype=np.int64), 3)
+        for name, array in arrays.items():
+            np.save(os.path.join(half, name + ".npy"), array)
+        with open(os.path.join(half, "run.txt"), "w", encoding="ascii") as file:
+            file.write(
+                f"pathkernel-run 1\nnetwork {SMOOTH}\nloss squared\noptimizer sgd momentum={beta}\ninitial_step 3\n"
+            )
+        result = pathkernel.Run(half).decompose(TESTS)
+        self.assertIn("inherited", result.parts)
+        self.assertGreater(np.abs(result.inherited).max(), 1e-3)
+        self.assertLess(np.abs(result.residual()).max(), rounding(1e-13))
+        self.assertTrue(result.closed and result.status == pathkernel.Status.OK)
+        self.assertNotIn("inherited", RESULT)
+
     def test_unattributed(self):
         folder = new_folder()
         shutil.copytree(RUN.path, folder)
