@@ -836,15 +836,13 @@ def _evaluate(call: _Call, graph: Any, weights: np.ndarray, rows: np.ndarray) ->
 
 
 class Gram(np.ndarray):
-    """A kernel matrix: an array with the names of its axes, and what auto measured of its error."""
+    """A kernel matrix: an array with the names of its axes, and what auto measured of its error. What is made of it has neither."""
 
     axes: tuple[str, ...] | None
     report: dict[str, float] | None
 
     def __array_finalize__(self, other: Any) -> None:
-        same = getattr(other, "shape", None) == self.shape
-        self.axes = getattr(other, "axes", None) if same else None
-        self.report = getattr(other, "report", None)
+        self.axes = self.report = None  # of the matrix itself, not of its transpose or a part
 
 
 _AT_WEIGHTS = (

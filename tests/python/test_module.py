@@ -420,6 +420,9 @@ class Numbers(unittest.TestCase):
     def test_save_and_load(self):
         folder = new_folder()
         RESULT.save(folder)
+        pickled = pickle.loads(pickle.dumps(RESULT))
+        np.testing.assert_array_equal(pickled.by_layer, RESULT.by_layer)
+        self.assertEqual((repr(pickled), repr(pickled.run)), (repr(RESULT), repr(RUN)))
         again = pathkernel.load(folder, RUN)
         self.assertEqual(set(again), set(RESULT))
         np.testing.assert_array_equal(again.by_step, RESULT.by_step)
@@ -517,6 +520,8 @@ class Kernels(unittest.TestCase):
             self.assertEqual((type(gram), gram.shape, gram.dtype), (pathkernel.Gram, (M, N), np.float64))
             self.assertGreater(np.abs(gram).max(), 0)
         self.assertIsNone(gram[0].axes)
+        square = RUN.kernel("ntk", TESTS)
+        self.assertEqual((square.axes, square.T.axes), (("left", "right"), None))
         for wrong, arguments in (
             ("is no kernel; these are: ntk", dict(kernel="nonsense")),
             ("outputs='nonsense'", dict(kernel="ntk", outputs="nonsense")),
