@@ -27,13 +27,21 @@ static const subject subjects[] = {
      "input 1x28x28; conv 8 3x3 pad=1; relu; max_pool 2; conv 16 3x3 pad=1; relu; max_pool 2; flatten; dense 10", "sgd",
      0.1, 5, 2, 256, 1, {4, 20, 60}},
     {"resnet9_28x28", RESNET("28x28"), "sgd", 0.1, 5, 2, 256, 1, {4, 20, 60}},
+    {"norm_cnn_28x28",
+     "input 1x28x28; conv 8 3x3 pad=1; group_norm 4; relu; max_pool 2; conv 16 3x3 pad=1; group_norm 4; relu; "
+     "max_pool 2; flatten; dense 10",
+     "sgd", 0.1, 5, 2, 256, 1, {4, 20, 60}},
+    {"transformer_28x28",
+     "input 28x28; dense 32; position; residual( layer_norm; attention 4 ); residual( layer_norm; dense 128; relu; "
+     "dense 32 ); mean_tokens; dense 10",
+     "sgd", 0.1, 5, 2, 256, 1, {4, 20, 60}},
     {"conv_relu_8x8",
      "input 1x8x8; conv 8 3x3 pad=1; relu; max_pool 2; conv 16 3x3 pad=1; relu; flatten; dense 10", "sgd", 0.2, 40, 8,
      512, 0, {0, 0, 0}},
     {"resnet9_8x8", RESNET("8x8"), "sgd", 0.1, 10, 4, 256, 0, {0, 0, 0}},
     {"dense_relu", "input 64; dense 32; relu; dense 32; relu; dense 10", "sgd", 0.5, 40, 16, 512, 0, {0, 0, 0}},
     {"layer_norm_relu", "input 64; dense 32; layer_norm; relu; dense 32; layer_norm; relu; dense 10", "sgd", 0.2, 40,
-     8, 512, 0, {4, 20, 40}},
+     8, 512, 0, {0, 0, 0}},
     {"transformer",
      "input 8x8; dense 16; position; residual( layer_norm; attention 2 ); residual( layer_norm; dense 32; relu; "
      "dense 16 ); mean_tokens; dense 10",

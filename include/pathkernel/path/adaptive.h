@@ -51,6 +51,8 @@ typedef struct pk__row_order {
 } pk__row_order;
 
 enum { PK__FIRST_NODES = 2 };
+/* A step whose kinks are not looked for has so many parts at most, each with so many nodes. */
+enum { PK__WHOLE_PARTS = 8, PK__WHOLE_NODES = 16 };
 
 /* What is known of a row along the run, step after step. */
 typedef struct pk__row_state {
@@ -60,9 +62,9 @@ typedef struct pk__row_state {
     size_t halvings;      /* of its pieces in this step */
     pk__row_order order;  /* at first PK__FIRST_NODES */
     unsigned char nested; /* pieces are judged by a nested rule at first */
-    /* Whole steps: the nodes that the next one starts with (0: 1); for so many steps none is tried; the number of the
-     * last ones that failed, up to a few. */
-    unsigned char whole_nodes, whole_wait, whole_failed;
+    /* Of steps whose kinks are not looked for: the nodes that each part of the next one starts with (0: 1), and log2 of the number
+     * of parts; so many steps are not tried; the number of the last ones that failed, up to a few. */
+    unsigned char whole_nodes, whole_depth, whole_wait, whole_failed;
 } pk__row_state;
 
 /* Where the integration of a step stands: what is found out next, when all points that are known have been handed over. */
@@ -110,7 +112,9 @@ typedef struct pk__integrator {
     /* h at both ends of the step (rows x 2 x readouts), of the rows where it has been measured: */
     pk_real *ends;
     unsigned char *has_ends;
-    pk_real *whole_sums; /* of the last rule that was tested on whole steps: rows x 2 x readouts, along the step and the probe */
+    /* Of the last rule that was tested on each of `pieces`, where kinks are not looked for: PK__WHOLE_PARTS rows x 2 x readouts,
+     * along the step and along the probe. */
+    pk_real *whole_sums;
     pk_real *slope, *h; /* room for one readout, and five h */
     /* Counted over the steps since the caller zeroed them: */
     size_t points_last; /* points of the last step: the cost model's guess for the next one */
@@ -382,8 +386,8 @@ PK__PRIVATE void pk__adapt(pk__integrator *integrator)
 
 /* ---- whole steps, whose kinks are not looked for ------------------------------------------------------------ */
 
-/* The nodes of a whole step at most; failures one after the other that count. */
-enum { PK__WHOLE_NODES = 16, PK__WHOLE_FAILURES = 5 };
+/* Failures one after the other that count. */
+enum { PK__WHOLE_FAILURES = 5 };
 
 /* Where the stretch of node `node` of the rule with `order` nodes on [a, b] begins: the ends of the stretches divide the piece as
  * its weights do. node == order: where the last one ends. */
@@ -435,30 +439,17 @@ static size_t pk__whole_points(pk__integrator *integrator, size_t next, size_t *
     return points;
 }
 
-/* What the next whole step of a row starts with, where this one took `nodes` nodes (0: it failed): half of them, for which the
- * rule with twice as many is the judge. Steps change slowly: after several failures one after the other, 2, 6, 14 .. steps are
- * not tried. */
-static void pk__plan_whole(pk__row_state *state, int nodes)
+/* The sums of the rule with the nodes from `first` on, along the step or along the probe, become those of piece number `at`. Returns
+ * the largest difference to what was there. */
+static double pk__whole_difference(pk__integrator *integrator, size_t first, size_t at, int probe)
 {
-    if (nodes) {
-        state->whole_nodes = (unsigned char)(nodes > 1 ? nodes / 2 : 1);
-        state->whole_failed = 0;
-        return;
-    }
-    state->whole_failed = (unsigned char)(state->whole_failed + (state->whole_failed < PK__WHOLE_FAILURES));
-    state->whole_wait = (unsigned char)((1 << state->whole_failed) - 2);
-}
-
-/* sums (2 x readouts of the row, the first of them along the step, or along the probe) := those of the rule with the nodes from
- * `first` on. Returns the largest difference to what was there. */
-static double pk__whole_difference(pk__integrator *integrator, size_t first, const pk__piece *piece, int probe)
-{
+    const pk__piece *piece = &integrator->pieces.piece[at];
     const size_t count = pk_readout_count(&integrator->readout, integrator->path.graph->output_width);
-    pk_real *before = integrator->whole_sums + (2 * piece->row + (size_t)probe) * count,
-            *value = integrator->h, *sum = value + count;
+    pk_real *before = integrator->whole_sums + (2 * at + (size_t)probe) * count, *value = integrator->h,
+            *sum = value + count;
     double largest = 0;
     memset(sum, 0, count * sizeof *sum);
-    pk__sum_nodes(integrator, first, piece->row, 1, piece->order, value, sum, NULL, NULL);
+    pk__sum_nodes(integrator, first, piece->row, piece->b - piece->a, piece->order, value, sum, NULL, NULL);
     for (size_t k = 0; k < count; k++) {
         largest = pk__larger(fabs((double)sum[k] - (double)before[k]), largest);
         before[k] = sum[k];
@@ -466,9 +457,20 @@ static double pk__whole_difference(pk__integrator *integrator, size_t first, con
     return largest;
 }
 
-/* What the tests of a whole step decide, of which `reference` is the closure of the rule before, with `family` nodes (0: there is
- * none), `missed` that of this rule, and `error` the difference of the two: one of them is accepted, or a rule with more nodes is
- * tested, or (order 0) the kinks are looked for. 1: a test follows.
+/* So many nodes a piece may take whose kinks are not looked for: at most a part of what it would take between its kinks, since tests
+ * cost, too. */
+static double pk__whole_limit(const pk__integrator *integrator, const pk__piece *piece)
+{
+    const int fixed = integrator->fixed_order, usual = integrator->state[piece->row].order.nodes;
+    const double most = PK__WHOLE_PARTS * PK__WHOLE_NODES * (piece->b - piece->a),
+                 split = (double)(piece->kinks + 1) * (fixed ? fixed : usual > 1 ? usual : 2);
+    return 0.7 * split > most ? most : 0.7 * split > 1 ? 0.7 * split : 1;
+}
+
+/* What the tests of a piece decide, of which `reference` is the closure of the rule before, with `family` nodes (0: there is none),
+ * `missed` that of this rule, and `error` the difference of the two: one of them is accepted, or a rule with more nodes is
+ * tested, or (order 0) the piece is halved, if so many nodes as `reference` are worth it, or its kinks are looked for. 1: a test
+ * follows.
  *
  * Mean slopes make the closure of each rule nearly an identity (its error is of the same order as theirs, but smaller), so that
  * the difference of two rules judges, too, along the step and along the probe. Errors fall about like the square of the
@@ -477,36 +479,38 @@ static int pk__decide_whole(pk__integrator *integrator, pk__piece *piece)
 {
     pk__row_state *state = &integrator->state[piece->row];
     const int nodes = piece->order, before = (int)piece->family;
-    const double floor = PK__MEASURABLE * PK__EPSILON * (state->height + piece->size),
-                 allowed = pk__larger(integrator->whole_target * piece->size, integrator->whole_least * state->change);
-    if (!(floor <= allowed) || !isfinite(piece->missed)) { /* rounding of h hides what the closure is to show */
-        piece->order = 0;
-        return 0;
-    }
+    const double length = piece->b - piece->a, floor = PK__MEASURABLE * PK__EPSILON * (state->height + piece->size),
+                 allowed = pk__larger(integrator->whole_target * piece->size,
+                                      integrator->whole_least * state->change * length);
     double error = piece->missed;
     if (before) {
         const double ratio = (double)nodes / before;
         error = pk__larger(piece->error / (ratio * ratio - 1), piece->missed);
-        if (piece->error <= allowed && piece->reference <= allowed)
-            piece->order = (unsigned char)before;
-        if (piece->order == before || error <= allowed) {
-            pk__accept_in_sequence(integrator, piece, 0);
-            return 0;
-        }
     }
-    const double wanted = nodes * sqrt(error / allowed);
-    if (nodes == PK__WHOLE_NODES || !(wanted <= 2 * PK__WHOLE_NODES)) {
-        piece->order = 0;
+    /* Where the rounding of h hides what the closure is to show, nothing can be judged. */
+    const double limit = pk__whole_limit(integrator, piece);
+    const int judged = floor <= allowed && isfinite(error);
+    if (judged && before && piece->error <= allowed && piece->reference <= allowed)
+        piece->order = (unsigned char)before;
+    if (judged && before && piece->order <= limit && (piece->order == before || error <= allowed)) {
+        pk__accept_in_sequence(integrator, piece, 0);
         return 0;
     }
-    const int next = 2 * nodes > (int)wanted ? 2 * nodes : (int)wanted;
+    const double wanted = judged ? nodes * sqrt(error / allowed) : INFINITY;
+    const int next = 2 * nodes > (int)fmin(wanted, PK__WHOLE_NODES) ? 2 * nodes : (int)fmin(wanted, PK__WHOLE_NODES);
+    if (nodes == PK__WHOLE_NODES || !(wanted <= 2 * PK__WHOLE_NODES) ||
+        !(next <= limit || nodes == 1)) {
+        piece->order = 0;
+        piece->reference = wanted;
+        return 0;
+    }
     piece->family = nodes;
     piece->reference = piece->missed;
     piece->order = (unsigned char)(next < PK__WHOLE_NODES ? next : PK__WHOLE_NODES);
     return 1;
 }
 
-/* Tests every whole step that is open. Whether some is to be tested again. */
+/* Tests every piece that is open, without a look at its kinks. Whether some is to be tested again. */
 static int pk__test_whole(pk__integrator *integrator)
 {
     pk__path *path = &integrator->path;
@@ -533,16 +537,19 @@ static int pk__test_whole(pk__integrator *integrator)
                     continue;
                 if (!probe) {
                     const pk__judgement found =
-                        pk__judge(integrator, point, end, end + own, piece->row, 1, (int)own, 0, state->height);
-                    pk__keep_ends(integrator, piece->row);
+                        pk__judge(integrator, point, end, end + own, piece->row,
+                                  (double)(pk_real)piece->b - (double)(pk_real)piece->a, (int)own, 0, state->height);
+                    if (piece->a == 0 && piece->b == 1)
+                        pk__keep_ends(integrator, piece->row);
                     piece->size = found.size;
                     piece->missed = found.error;
+                    piece->kinks = pk__path_sign_changes(path, end, end + own);
                     if (isfinite(found.height))
                         state->height = pk__larger(found.height, state->height);
                     if (isfinite(found.size))
                         state->change = pk__larger(found.size, state->change);
                 }
-                const double difference = pk__whole_difference(integrator, point, piece, probe);
+                const double difference = pk__whole_difference(integrator, point, i, probe);
                 piece->error = probe ? pk__larger(difference, piece->error) : difference;
                 point += own;
                 end += own + 1;
@@ -554,27 +561,85 @@ static int pk__test_whole(pk__integrator *integrator)
     return again;
 }
 
-/* Tests the whole steps of the rows, which are `pieces`: those that pass are accepted, and the others have order 0. */
+/* Halves the pieces that failed, where that is promising. Whether there are any. */
+static int pk__halve_whole(pk__integrator *integrator)
+{
+    pk__pieces *pieces = &integrator->pieces;
+    const size_t count = pieces->count;
+    int some = 0;
+    for (size_t i = 0; i < count; i++) {
+        pk__piece *piece = &pieces->piece[i];
+        const double length = piece->b - piece->a, middle = 0.5 * (piece->a + piece->b), wanted = piece->reference;
+        if (piece->accepted || piece->order || PK__WHOLE_PARTS * length < 2 ||
+            !(wanted <= pk__whole_limit(integrator, piece)))
+            continue;
+        /* a quarter of what is wanted of each half, for the first rule */
+        piece->order = (unsigned char)(wanted < 16 ? 1 : wanted < 64 ? (int)(wanted / 8) : 8);
+        piece->family = piece->reference = 0;
+        pk__piece *half = &pieces->piece[pieces->count++];
+        *half = *piece;
+        piece->b = half->a = middle;
+        some = 1;
+    }
+    return some;
+}
+
+/* What the next step of a row starts with, where this one took `nodes` nodes in each of 2^depth parts at most (0: most of it
+ * failed): half of them, for which the rule with twice as many is the judge. Steps change slowly: after several failures one after
+ * the other, 2, 6, 14 .. steps are not tried. */
+static void pk__plan_whole(pk__row_state *state, int nodes, int depth)
+{
+    if (nodes) {
+        const int fewer = depth > 0 && nodes <= PK__WHOLE_NODES / 4;
+        state->whole_nodes = (unsigned char)(nodes > 1 ? fewer ? nodes : nodes / 2 : 1);
+        state->whole_depth = (unsigned char)(depth - fewer);
+        state->whole_failed = 0;
+        return;
+    }
+    state->whole_failed = (unsigned char)(state->whole_failed + (state->whole_failed < PK__WHOLE_FAILURES));
+    state->whole_wait = (unsigned char)((1 << state->whole_failed) - 2);
+}
+
+/* Tests the steps of the rows without a look at their kinks, as wholes or in parts. Of `pieces` then, those that passed are accepted;
+ * the others are to be split. */
 PK__PRIVATE void pk__adapt_whole(pk__integrator *integrator)
 {
     pk__pieces *pieces = &integrator->pieces;
-    for (size_t i = 0; i < pieces->count; i++) {
-        pk__piece *piece = &pieces->piece[i];
-        const pk__row_state *state = &integrator->state[piece->row];
-        piece->unsplit = 1;
-        piece->family = 0;
-        piece->order = state->whole_wait ? 0 : state->whole_nodes ? state->whole_nodes : 1;
+    const size_t rows = integrator->path.rows;
+    pieces->count = 0;
+    for (size_t row = 0; row < rows; row++) {
+        const pk__row_state *state = &integrator->state[row];
+        const int parts = state->whole_wait ? 1 : 1 << state->whole_depth;
+        for (int part = 0; part < parts; part++) {
+            pk__piece *piece =
+                pk__pieces_push(pieces, row, (double)part / parts, (double)(part + 1) / parts);
+            piece->unsplit = 1;
+            piece->reference = INFINITY;
+            piece->order = state->whole_wait ? 0 : state->whole_nodes ? state->whole_nodes : 1;
+        }
     }
-    while (pk__test_whole(integrator))
-        ;
-    for (size_t i = 0; i < pieces->count; i++) {
-        const pk__piece *piece = &pieces->piece[i];
-        pk__row_state *state = &integrator->state[piece->row];
-        if (!piece->accepted && state->whole_wait)
+    do
+        while (pk__test_whole(integrator))
+            ;
+    while (pk__halve_whole(integrator));
+    for (size_t row = 0; row < rows; row++) {
+        pk__row_state *state = &integrator->state[row];
+        int nodes = 0, depth = 0;
+        double passed = 0; /* part of the step */
+        for (size_t i = 0; i < pieces->count; i++) {
+            const pk__piece *piece = &pieces->piece[i];
+            if (piece->row != row)
+                continue;
+            nodes = piece->order > nodes ? piece->order : nodes;
+            while (piece->b - piece->a < 0.75 / (1 << depth))
+                depth++;
+            passed += piece->accepted ? piece->b - piece->a : 0;
+            state->step_change += piece->accepted ? piece->size : 0;
+        }
+        if (state->whole_wait)
             state->whole_wait--;
         else
-            pk__plan_whole(state, piece->accepted ? piece->order : 0);
-        state->step_change += piece->accepted ? piece->size : 0;
+            pk__plan_whole(state, passed < 0.5 ? 0 : nodes, depth);
     }
 }
 

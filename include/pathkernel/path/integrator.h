@@ -92,9 +92,10 @@ PK__INTERNAL void pk__integrator_take(pk__arena *arena, const pk_graph *graph, s
     integrator->h = pk__arena_take(arena, copies, 5 * sizeof *integrator->h);
     integrator->ends = pk__arena_take(arena, rows, 2 * copies * sizeof *integrator->ends);
     integrator->has_ends = pk__arena_take(arena, rows, 1);
-    integrator->whole_sums = pk__arena_take(arena, rows, 2 * copies * sizeof *integrator->whole_sums);
+    integrator->whole_sums =
+        pk__arena_take(arena, PK__WHOLE_PARTS * rows, 2 * copies * sizeof *integrator->whole_sums);
     if (integrator->whole_sums)
-        memset(integrator->whole_sums, 0, rows * 2 * copies * sizeof *integrator->whole_sums);
+        memset(integrator->whole_sums, 0, PK__WHOLE_PARTS * rows * 2 * copies * sizeof *integrator->whole_sums);
 }
 
 /* One behind the last of the points from p on that are of its row. */
@@ -318,17 +319,14 @@ static void pk__measure_pieces(pk__integrator *integrator)
 static void pk__take_whole(pk__integrator *integrator)
 {
     pk__pieces *pending = &integrator->pending, *pieces = &integrator->pieces;
-    size_t left = 0;
-    pieces->count = pending->count;
     integrator->sequence_count = 0;
-    for (size_t i = 0; i < pending->count; i++)
-        pieces->piece[i] = pending->piece[i];
     pk__adapt_whole(integrator);
+    pending->count = 0;
     for (size_t i = 0; i < pieces->count; i++)
         if (!pieces->piece[i].accepted)
-            pending->piece[left++] = pending->piece[i];
-    integrator->split_pieces += pieces->count - left;
-    pending->count = left;
+            (void)pk__pieces_push(pending, pieces->piece[i].row, pieces->piece[i].a, pieces->piece[i].b);
+    pk__sort_pieces(pending, pk__precedes_by_place);
+    integrator->split_pieces += pieces->count - pending->count;
     pk__hand_over(integrator, pieces->piece, integrator->sequence, integrator->sequence_count);
 }
 

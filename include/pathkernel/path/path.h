@@ -32,6 +32,7 @@ typedef struct pk__piece {
     unsigned char order, nested,
         accepted; /* its nodes; how they are judged; whether they are part of the result */
     unsigned char unsplit; /* its kinks have not been looked for: each node has the mean slopes of its stretch */
+    size_t kinks;          /* then, at least: switch functions whose sign is another one at its end */
 } pk__piece;
 
 typedef struct pk__pieces {
@@ -96,6 +97,8 @@ PK__INTERNAL void pk__path_tangent(pk__path *segment, size_t first, size_t count
 /* The same along a direction in which about half of the layers have the step's direction with the other sign. */
 PK__INTERNAL void pk__path_probe(pk__path *segment, size_t first, size_t count, const size_t *row,
                                  const pk_real *t);
+/* How many switch functions have other signs at point b of the tape than at point a. */
+PK__INTERNAL size_t pk__path_sign_changes(pk__path *segment, size_t a, size_t b);
 /* Makes the points `count` nodes and, behind them, the ends from[p] and to[p] of their stretches: point_row and point_t, and where
  * the ends stand. A node whose ends are equal has slopes of its own. There must be room for three times `count` points. Returns
  * the number of points. */
@@ -516,6 +519,29 @@ PK__INTERNAL void pk__path_probe(pk__path *segment, size_t first, size_t count, 
                                  const pk_real *t)
 {
     pk__path_tangents(segment, first, count, row, t, 1);
+}
+
+PK__INTERNAL size_t pk__path_sign_changes(pk__path *segment, size_t a, size_t b)
+{
+    size_t changes = 0;
+    for (size_t n = 1; n < segment->graph->node_count; n++) {
+        const pk_node *node = &segment->graph->nodes[n];
+        if (!pk__is_switch(node))
+            continue;
+        const size_t switches = node->operation->switch_count(node);
+        pk_real *at_a = segment->switch_values, *at_b = at_a + switches;
+        for (int end = 0; end < 2; end++) {
+            pk_call call;
+            pk__pass_call(&segment->tape, node, 1, 1, &call);
+            for (int j = 0; j < node->input_count; j++)
+                call.in[j] += (end ? b : a) * call.in_width[j];
+            call.out = end ? at_b : at_a;
+            node->operation->switches(&call);
+        }
+        for (size_t i = 0; i < switches; i++)
+            changes += (at_a[i] < 0 && at_b[i] > 0) || (at_a[i] > 0 && at_b[i] < 0);
+    }
+    return changes;
 }
 
 PK__INTERNAL void pk__path_reverse(pk__path *segment, size_t count, const pk_real *t, size_t copies)
