@@ -158,9 +158,9 @@ static void test_networks(void **state)
                 rr_free(&r);
             }
     tell("wide networks", &all);
-    assert_true(8 * all.points[1] <= all.points[TOLERANCES]);
-    assert_true(3 * all.points[2] <= all.points[TOLERANCES]);
-    assert_true(all.points[4] <= all.points[TOLERANCES]);
+    assert_true(4 * all.points[0] <= all.points[TOLERANCES]);
+    assert_true(2 * all.points[1] <= all.points[TOLERANCES]);
+    assert_true(all.points[2] < all.points[TOLERANCES]);
 }
 
 /* One output alone: fewer closures judge. */
@@ -236,24 +236,32 @@ static void walk(forced *f, double size, uint64_t seed)
         f->weights[i] = (pk_real)(i < P ? 0.5 * bf_normal(&seed) : f->weights[i - P] + size * bf_normal(&seed));
 }
 
+static const char *const small_networks[] = {
+    "input 4; dense 8; relu; dense 6; relu; dense 2",
+    "input 4; dense 6; hard_tanh; dense 6; leaky_relu; dense 2",
+    "input 1x4x4; conv 2 3x3 pad=1; relu; max_pool 2; flatten; dense 2",
+    "input 4; dense 6; layer_norm; relu; dense 2",
+    "input 3x4; residual( attention 2 ); residual( dense 6; relu; dense 4 ); mean_tokens; dense 2",
+};
+
 /* Large steps, up to 1e6 times the weights, and steps of zero between others. */
 static void test_rough_steps(void **state)
 {
-    static const double sizes[] = {0, 1e-12, 1e-6, 1e-2, 1, 1e3, 1e6};
+    static const double sizes[] = {0, 1e-12, 1e-4, 1, 1e6};
     tally all;
     (void)state;
     memset(&all, 0, sizeof all);
-    for (size_t n = 0; n < sizeof networks / sizeof *networks; n++)
+    for (size_t n = 0; n < sizeof small_networks / sizeof *small_networks; n++)
         for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++)
             for (int still = 0; still < 2; still++) {
                 forced f;
                 char what[400];
-                force(networks[n], 2, &f);
+                force(small_networks[n], 2, &f);
                 walk(&f, sizes[s], 10 * n + s);
                 const size_t P = f.run.parameters;
                 if (still) /* the step between the others does not move */
                     memcpy(f.weights + 2 * P, f.weights + P, P * sizeof *f.weights);
-                snprintf(what, sizeof what, "%s, steps of %g%s", networks[n], sizes[s], still ? ", one of 0" : "");
+                snprintf(what, sizeof what, "%s, steps of %g%s", small_networks[n], sizes[s], still ? ", one of 0" : "");
                 check(what, &f.context, &f.run, f.inputs, f.rows, NULL, &all);
                 drop(&f);
             }

@@ -52,7 +52,7 @@ typedef struct pk__row_order {
 
 enum { PK__FIRST_NODES = 2 };
 /* A step whose kinks are not looked for has so many parts at most, each with so many nodes. */
-enum { PK__WHOLE_PARTS = 8, PK__WHOLE_NODES = 16 };
+enum { PK__WHOLE_PARTS = 8, PK__WHOLE_NODES = 16, PK__PROJECTIONS = 2 };
 
 /* What is known of a row along the run, step after step. */
 typedef struct pk__row_state {
@@ -112,8 +112,8 @@ typedef struct pk__integrator {
     /* h at both ends of the step (rows x 2 x readouts), of the rows where it has been measured: */
     pk_real *ends;
     unsigned char *has_ends;
-    /* Of the last rule that was tested on each of `pieces`, where kinks are not looked for: PK__WHOLE_PARTS rows x 2 x readouts,
-     * along the step and along the probe. */
+    /* Of the last rule that was tested on each of `pieces`, where kinks are not looked for: PK__WHOLE_PARTS rows x (2 x readouts,
+     * along the step and along the probe; PK__PROJECTIONS x layers, of the layers' mean inputs). */
     pk_real *whole_sums;
     pk_real *slope, *h; /* room for one readout, and five h */
     /* Counted over the steps since the caller zeroed them: */
@@ -386,8 +386,8 @@ PK__PRIVATE void pk__adapt(pk__integrator *integrator)
 
 /* ---- whole steps, whose kinks are not looked for ------------------------------------------------------------ */
 
-/* Failures one after the other that count. */
-enum { PK__WHOLE_FAILURES = 5 };
+/* Failures one after the other that count; how far the mean inputs of layers may be apart, in whole_target. */
+enum { PK__WHOLE_FAILURES = 5, PK__INPUTS_APART = 4 };
 
 /* Where the stretch of node `node` of the rule with `order` nodes on [a, b] begins: the ends of the stretches divide the piece as
  * its weights do. node == order: where the last one ends. */
@@ -439,14 +439,61 @@ static size_t pk__whole_points(pk__integrator *integrator, size_t next, size_t *
     return points;
 }
 
+/* How many numbers of integrator->whole_sums a piece has. */
+PK__PRIVATE size_t pk__whole_numbers(const pk_graph *graph, size_t readouts)
+{
+    return 2 * readouts + PK__PROJECTIONS * graph->layers;
+}
+
+/* The layers' mean inputs by the rule with the nodes from `first` on, projected on vectors of random signs, become those of piece
+ * number `at`. Returns how far they are from what was there: the largest over the layers, relative to the size of the inputs. */
+static double pk__whole_inputs(pk__integrator *integrator, size_t first, size_t at)
+{
+    const pk_graph *graph = integrator->path.graph;
+    const pk__piece *piece = &integrator->pieces.piece[at];
+    const size_t readouts = pk_readout_count(&integrator->readout, graph->output_width);
+    pk_real *before = integrator->whole_sums + at * pk__whole_numbers(graph, readouts) + 2 * readouts;
+    const double *w = integrator->gauss_weights + piece->order * (piece->order - 1) / 2;
+    double largest = 0;
+    for (size_t l = 0; l < graph->layers; l++, before += PK__PROJECTIONS) {
+        const pk_node *node = &graph->nodes[graph->nodes[l].layer_node];
+        const size_t width = graph->nodes[node->inputs[0]].width;
+        const pk_real *value = integrator->path.tape.value[node->inputs[0]] + first * width;
+        double sum[PK__PROJECTIONS] = {0}, size = 0, apart = 0;
+        if (node->input_constant)
+            continue;
+        for (int q = 0; q < piece->order; q++, value += width) {
+            uint32_t random = 1;
+            double part[PK__PROJECTIONS] = {0};
+            for (size_t i = 0; i < width; i++) {
+                const double a = value[i];
+                random = random * 1664525u + 1013904223u;
+                part[0] += random >> 31 ? -a : a;
+                part[1] += random >> 30 & 1 ? -a : a;
+                size += w[q] * a * a;
+            }
+            for (int k = 0; k < PK__PROJECTIONS; k++)
+                sum[k] += w[q] * part[k];
+        }
+        for (int k = 0; k < PK__PROJECTIONS; k++) {
+            apart = pk__larger(fabs(sum[k] - (double)before[k]), apart);
+            before[k] = (pk_real)sum[k];
+        }
+        if (apart > 0)
+            largest = pk__larger(apart / sqrt(size), largest);
+    }
+    return largest * (piece->b - piece->a);
+}
+
 /* The sums of the rule with the nodes from `first` on, along the step or along the probe, become those of piece number `at`. Returns
  * the largest difference to what was there. */
 static double pk__whole_difference(pk__integrator *integrator, size_t first, size_t at, int probe)
 {
     const pk__piece *piece = &integrator->pieces.piece[at];
     const size_t count = pk_readout_count(&integrator->readout, integrator->path.graph->output_width);
-    pk_real *before = integrator->whole_sums + (2 * at + (size_t)probe) * count, *value = integrator->h,
-            *sum = value + count;
+    pk_real *before = integrator->whole_sums + at * pk__whole_numbers(integrator->path.graph, count) +
+                      (size_t)probe * count,
+            *value = integrator->h, *sum = value + count;
     double largest = 0;
     memset(sum, 0, count * sizeof *sum);
     pk__sum_nodes(integrator, first, piece->row, piece->b - piece->a, piece->order, value, sum, NULL, NULL);
@@ -463,7 +510,7 @@ static double pk__whole_limit(const pk__integrator *integrator, const pk__piece 
 {
     const int fixed = integrator->fixed_order, usual = integrator->state[piece->row].order.nodes;
     const double most = PK__WHOLE_PARTS * PK__WHOLE_NODES * (piece->b - piece->a),
-                 split = (double)(piece->kinks + 1) * (fixed ? fixed : usual > 1 ? usual : 2);
+                 split = (double)(piece->kinks + 1) * (fixed ? fixed : usual > 1 ? usual : 1);
     return 0.7 * split > most ? most : 0.7 * split > 1 ? 0.7 * split : 1;
 }
 
@@ -474,7 +521,8 @@ static double pk__whole_limit(const pk__integrator *integrator, const pk__piece 
  *
  * Mean slopes make the closure of each rule nearly an identity (its error is of the same order as theirs, but smaller), so that
  * the difference of two rules judges, too, along the step and along the probe. Errors fall about like the square of the
- * number of nodes: that of the rule with fewer nodes is the difference, that of the other a part of it. */
+ * number of nodes: that of the rule with fewer nodes is the difference, that of the other a part of it. An example's gradient
+ * may be large where the step hardly goes; so the layers' mean inputs by the two rules must agree, too. */
 static int pk__decide_whole(pk__integrator *integrator, pk__piece *piece)
 {
     pk__row_state *state = &integrator->state[piece->row];
@@ -482,9 +530,11 @@ static int pk__decide_whole(pk__integrator *integrator, pk__piece *piece)
     const double length = piece->b - piece->a, floor = PK__MEASURABLE * PK__EPSILON * (state->height + piece->size),
                  allowed = pk__larger(integrator->whole_target * piece->size,
                                       integrator->whole_least * state->change * length);
+    const double apart = piece->inputs_apart * allowed / (PK__INPUTS_APART * integrator->whole_target);
     double error = piece->missed;
     if (before) {
         const double ratio = (double)nodes / before;
+        piece->error = pk__larger(apart, piece->error);
         error = pk__larger(piece->error / (ratio * ratio - 1), piece->missed);
     }
     /* Where the rounding of h hides what the closure is to show, nothing can be judged. */
@@ -543,6 +593,7 @@ static int pk__test_whole(pk__integrator *integrator)
                         pk__keep_ends(integrator, piece->row);
                     piece->size = found.size;
                     piece->missed = found.error;
+                    piece->inputs_apart = pk__whole_inputs(integrator, point, i);
                     piece->kinks = pk__path_sign_changes(path, end, end + own);
                     if (isfinite(found.height))
                         state->height = pk__larger(found.height, state->height);

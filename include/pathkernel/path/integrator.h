@@ -92,10 +92,10 @@ PK__INTERNAL void pk__integrator_take(pk__arena *arena, const pk_graph *graph, s
     integrator->h = pk__arena_take(arena, copies, 5 * sizeof *integrator->h);
     integrator->ends = pk__arena_take(arena, rows, 2 * copies * sizeof *integrator->ends);
     integrator->has_ends = pk__arena_take(arena, rows, 1);
-    integrator->whole_sums =
-        pk__arena_take(arena, PK__WHOLE_PARTS * rows, 2 * copies * sizeof *integrator->whole_sums);
+    const size_t sums = pk__whole_numbers(graph, copies), whole_pieces = PK__WHOLE_PARTS * rows;
+    integrator->whole_sums = pk__arena_take(arena, whole_pieces, sums * sizeof *integrator->whole_sums);
     if (integrator->whole_sums)
-        memset(integrator->whole_sums, 0, PK__WHOLE_PARTS * rows * 2 * copies * sizeof *integrator->whole_sums);
+        memset(integrator->whole_sums, 0, whole_pieces * sums * sizeof *integrator->whole_sums);
 }
 
 /* One behind the last of the points from p on that are of its row. */

@@ -32,7 +32,10 @@ typedef struct pk__piece {
     unsigned char order, nested,
         accepted; /* its nodes; how they are judged; whether they are part of the result */
     unsigned char unsplit; /* its kinks have not been looked for: each node has the mean slopes of its stretch */
-    size_t kinks;          /* then, at least: switch functions whose sign is another one at its end */
+    /* Then: at least so many switch functions have another sign at its end; how far the mean inputs of layers by two rules are
+     * apart, relative to their size. */
+    size_t kinks;
+    double inputs_apart;
 } pk__piece;
 
 typedef struct pk__pieces {
