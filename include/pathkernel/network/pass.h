@@ -44,6 +44,9 @@ typedef struct pk__tape {
      * slopes over the stretch then, in a reverse or tangent pass; NULL: the slopes at the row. */
     const size_t *from, *to;
     pk_real *mean; /* the caller's room for that: pk__mean_numbers */
+    /* Of each row, where not NULL: a tangent pass with mean slopes raises it to how far the values that have kinks in the stretch
+     * are from the mean of those at its ends, in the norm, relative to all values of the node at the row. */
+    pk_real *gap;
     pk_real **value, **cotangent, **tangent;
     pk_real *scratch, *line_scratch, *row_weights;
     const pk_real *
@@ -508,7 +511,7 @@ static pk_call pk__call_at(const pk__tape *tape, const pk_node *node, size_t row
 static const pk_real *pk__mean_slopes(const pk__tape *tape, const pk_node *node, size_t p)
 {
     const size_t width = node->width;
-    pk_real *slope = tape->mean, *ones = slope + width;
+    pk_real *slope = tape->mean, *rule = slope + width, *ones = rule + width; /* rule: the slopes at the start */
     pk_call a = pk__call_at(tape, node, tape->from[p], 1);
     const pk_call b = pk__call_at(tape, node, tape->to[p], 1);
     for (size_t j = 0; j < width; j++)
@@ -516,6 +519,7 @@ static const pk_real *pk__mean_slopes(const pk__tape *tape, const pk_node *node,
     a.in_tangent[0] = ones;
     a.out_tangent = slope;
     node->operation->tangent(&a);
+    memcpy(rule, slope, width * sizeof *rule);
     for (size_t j = 0; j < width; j++) {
         const double z_a = a.in[0][j], z_b = b.in[0][j], apart = z_b - z_a;
         const double beyond = pk__beyond_rule(a.out[j], b.out[j], slope[j] * apart,
@@ -593,6 +597,26 @@ PK__INTERNAL void pk__mean_reverse(const pk__tape *tape, const pk_call *call)
     }
 }
 
+/* Raises tape->gap of row p: kinked tells of each number of the node whether (not 0) it has kinks in the stretch, by how it differs
+ * from rule (NULL: 0). */
+static void pk__raise_gap(const pk__tape *tape, const pk_node *node, size_t p, const pk_real *kinked,
+                          const pk_real *rule)
+{
+    const size_t width = node->width;
+    const pk_real *value = tape->value[node - tape->graph->nodes], *y = value + p * width,
+                  *y_a = value + tape->from[p] * width, *y_b = value + tape->to[p] * width;
+    double gap = 0, size = 0;
+    for (size_t i = 0; i < width; i++) {
+        const double apart = kinked[i] != (rule ? rule[i] : 0) ? 0.5 * ((double)y_a[i] + y_b[i]) - y[i] : 0;
+        gap += apart * apart;
+        size += (double)y[i] * y[i];
+    }
+    if (gap > 0) {
+        const double ratio = sqrt(gap / size);
+        tape->gap[p] = ratio > tape->gap[p] ? (pk_real)ratio : tape->gap[p];
+    }
+}
+
 /* call->out_tangent = the mean slopes times call->in_tangent. */
 static void pk__mean_tangent(const pk__tape *tape, const pk_call *call)
 {
@@ -602,12 +626,16 @@ static void pk__mean_tangent(const pk__tape *tape, const pk_call *call)
         pk_real *to = call->out_tangent + p * width;
         if (node->operation->elementwise) {
             const pk_real *slope = pk__mean_slopes(tape, node, p);
+            if (tape->gap)
+                pk__raise_gap(tape, node, p, slope, slope + width);
             for (size_t j = 0; j < width; j++)
                 to[j] = call->in_tangent[0] ? slope[j] * call->in_tangent[0][p * width + j] : 0;
             continue;
         }
         const pk_real *part = pk__mean_parts(tape, node, p);
         pk_real *at_end = tape->mean + tape->graph->widest;
+        if (part && tape->gap)
+            pk__raise_gap(tape, node, p, part, NULL);
         for (int end = 0; end < (part ? 2 : 1); end++) {
             pk_call one = pk__call_at(tape, node, end ? tape->to[p] : tape->from[p], 1);
             for (int j = 0; j < node->input_count; j++)

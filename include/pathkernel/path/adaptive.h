@@ -386,8 +386,9 @@ PK__PRIVATE void pk__adapt(pk__integrator *integrator)
 
 /* ---- whole steps, whose kinks are not looked for ------------------------------------------------------------ */
 
-/* Failures one after the other that count; how far the mean inputs of layers may be apart, in whole_target. */
-enum { PK__WHOLE_FAILURES = 5, PK__INPUTS_APART = 4 };
+/* Failures one after the other that count; in whole_target, how far the mean inputs of layers may be apart, and the gap beside kinks, which
+ * is more than what is missed there. */
+enum { PK__WHOLE_FAILURES = 5, PK__INPUTS_APART = 4, PK__KINKS_APART = 16 };
 
 /* Where the stretch of node `node` of the rule with `order` nodes on [a, b] begins: the ends of the stretches divide the piece as
  * its weights do. node == order: where the last one ends. */
@@ -443,6 +444,18 @@ static size_t pk__whole_points(pk__integrator *integrator, size_t next, size_t *
 PK__PRIVATE size_t pk__whole_numbers(const pk_graph *graph, size_t readouts)
 {
     return 2 * readouts + PK__PROJECTIONS * graph->layers;
+}
+
+/* How much of the values between layers the rule with the nodes from number `first` of the test on may miss beside the kinks. */
+static double pk__whole_gap(const pk__integrator *integrator, size_t first, const pk__piece *piece)
+{
+    const double *w = integrator->gauss_weights + piece->order * (piece->order - 1) / 2;
+    double sum = 0;
+    for (int q = 0; q < piece->order; q++) {
+        const double gap = w[q] * integrator->path.gap[first + (size_t)q];
+        sum += gap * gap;
+    }
+    return sqrt(sum) * (piece->b - piece->a);
 }
 
 /* The layers' mean inputs by the rule with the nodes from `first` on, projected on vectors of random signs, become those of piece
@@ -508,10 +521,18 @@ static double pk__whole_difference(pk__integrator *integrator, size_t first, siz
  * cost, too. */
 static double pk__whole_limit(const pk__integrator *integrator, const pk__piece *piece)
 {
-    const int fixed = integrator->fixed_order, usual = integrator->state[piece->row].order.nodes;
+    const int fixed = integrator->fixed_order;
     const double most = PK__WHOLE_PARTS * PK__WHOLE_NODES * (piece->b - piece->a),
-                 split = (double)(piece->kinks + 1) * (fixed ? fixed : usual > 1 ? usual : 1);
+                 split = (double)(piece->kinks + 1) * (fixed ? fixed : 1);
     return 0.7 * split > most ? most : 0.7 * split > 1 ? 0.7 * split : 1;
+}
+
+/* The error that a piece may have whose kinks are not looked for. */
+static double pk__whole_allowed(const pk__integrator *integrator, const pk__piece *piece)
+{
+    return pk__larger(integrator->whole_target * piece->size, integrator->whole_least *
+                                                                  integrator->state[piece->row].change *
+                                                                  (piece->b - piece->a));
 }
 
 /* What the tests of a piece decide, of which `reference` is the closure of the rule before, with `family` nodes (0: there is none),
@@ -527,9 +548,8 @@ static int pk__decide_whole(pk__integrator *integrator, pk__piece *piece)
 {
     pk__row_state *state = &integrator->state[piece->row];
     const int nodes = piece->order, before = (int)piece->family;
-    const double length = piece->b - piece->a, floor = PK__MEASURABLE * PK__EPSILON * (state->height + piece->size),
-                 allowed = pk__larger(integrator->whole_target * piece->size,
-                                      integrator->whole_least * state->change * length);
+    const double floor = PK__MEASURABLE * PK__EPSILON * (state->height + piece->size),
+                 allowed = pk__whole_allowed(integrator, piece);
     const double apart = piece->inputs_apart * allowed / (PK__INPUTS_APART * integrator->whole_target);
     double error = piece->missed;
     if (before) {
@@ -592,13 +612,17 @@ static int pk__test_whole(pk__integrator *integrator)
                     if (piece->a == 0 && piece->b == 1)
                         pk__keep_ends(integrator, piece->row);
                     piece->size = found.size;
-                    piece->missed = found.error;
-                    piece->inputs_apart = pk__whole_inputs(integrator, point, i);
-                    piece->kinks = pk__path_sign_changes(path, end, end + own);
                     if (isfinite(found.height))
                         state->height = pk__larger(found.height, state->height);
                     if (isfinite(found.size))
                         state->change = pk__larger(found.size, state->change);
+                    /* A kink whose stretch is hardly seen by the nodes, near an end of the step, shows in the values at the ends. */
+                    const double allowed = pk__whole_allowed(integrator, piece);
+                    piece->missed = pk__larger(pk__whole_gap(integrator, point - start, piece) * allowed /
+                                                   (PK__KINKS_APART * integrator->whole_target),
+                                               found.error);
+                    piece->inputs_apart = pk__whole_inputs(integrator, point, i);
+                    piece->kinks = pk__path_sign_changes(path, end, end + own);
                 }
                 const double difference = pk__whole_difference(integrator, point, i, probe);
                 piece->error = probe ? pk__larger(difference, piece->error) : difference;

@@ -69,6 +69,7 @@ typedef struct pk__path {
     size_t *point_row;
     pk_real *point_t;
     size_t *from, *to; /* of points with mean slopes: the points at the ends of their stretches */
+    pk_real *gap;      /* of the same, after pk__path_tangent: pk__tape.gap */
     size_t held; /* the number of points whose values are in the tape: held_row, held_t */
     size_t *held_row;
     pk_real *held_t;
@@ -285,6 +286,7 @@ PK__INTERNAL void pk__path_take(pk__arena *arena, const pk_graph *graph, size_t 
     segment->point_t = pk__arena_take(arena, points, sizeof *segment->point_t);
     segment->from = pk__arena_take(arena, points, sizeof *segment->from);
     segment->to = pk__arena_take(arena, points, sizeof *segment->to);
+    segment->gap = pk__arena_take(arena, points, sizeof *segment->gap);
     segment->tape.mean = pk__arena_take(arena, pk__mean_numbers(graph, copies), sizeof(pk_real));
     segment->held_row = pk__arena_take(arena, points, sizeof *segment->held_row);
     segment->held_t = pk__arena_take(arena, points, sizeof *segment->held_t);
@@ -515,7 +517,11 @@ static void pk__path_tangents(pk__path *segment, size_t first, size_t count, con
 PK__INTERNAL void pk__path_tangent(pk__path *segment, size_t first, size_t count, const size_t *row,
                                    const pk_real *t)
 {
+    segment->tape.gap = segment->tape.from ? segment->gap : NULL;
+    for (size_t p = 0; segment->tape.gap && p < count; p++)
+        segment->gap[p] = 0;
     pk__path_tangents(segment, first, count, row, t, 0);
+    segment->tape.gap = NULL;
 }
 
 PK__INTERNAL void pk__path_probe(pk__path *segment, size_t first, size_t count, const size_t *row,
