@@ -916,6 +916,8 @@ JOB(job_quadrature)
     pk_readout readout;
     memset(&readout, 0, sizeof readout);
     pk_status status = pk_quadrature_parse(context, "gauss:3", &quadrature);
+    if (!status)
+        status = pk_kernel_rule_parse(context, "gauss:3", &quadrature);
     return status ? status : pk_quadrature_check(context, &quadrature, &m->graph, &readout);
 }
 
@@ -998,7 +1000,7 @@ static const struct entry {
      job_begun, 10},
     {"pk_decompose_parts", job_decompose_parts, 3},
     {"pk_decompose_array_parts", job_decompose_array, 3},
-    {"pk_quadrature_check pk_quadrature_parse", job_quadrature, 0},
+    {"pk_quadrature_check pk_quadrature_parse pk_kernel_rule_parse", job_quadrature, 0},
     {"pk_kernels", job_kernels, 20},
     {"pk_kernel_shape pk_kernel_file", job_kernel_file, 10},
     {"pk_kernel_domingos", job_domingos, 10},

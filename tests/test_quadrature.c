@@ -30,7 +30,11 @@ static void test_names(void **state)
                                       "gauss:4:4",
                                       "Gauss:4",
                                       "exact:1",
-                                      "midpoint:99999999999999999999"};
+                                      "midpoint:99999999999999999999",
+                                      "trapezoid:1",
+                                      "gauss:33"};
+    static const char *const bad_kernels[] = {"left:1", "left:2", "exact",    "trapezoid:1", "gauss:1001",
+                                              "gauss",  "auto:2", "midpoint", "midpoint:0",  "trapezoid:"};
     pk_context context;
     memset(&context, 0, sizeof context);
     pk_quadrature read = {PK_RULE_MIDPOINT, 7};
@@ -39,9 +43,22 @@ static void test_names(void **state)
         assert_true(read.rule == good[i].means.rule && read.nodes == good[i].means.nodes);
     }
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
-        assert_refused(&context, PK_FORMAT, "auto, exact, gauss:N, midpoint:N, trapezoid:N, left",
+        assert_refused(&context, PK_FORMAT,
+                       "auto, exact, gauss:N (1 to 32), midpoint:N (1 to 1000000), trapezoid:N (2 to 1000000), "
+                       "left[:N] (1 to 1000000)",
                        pk_quadrature_parse(&context, bad[i], &read));
     assert_true(read.rule == PK_RULE_MIDPOINT && read.nodes == 1000000);
+    /* Kernels take other numbers: what is refused of them is not in the list. */
+    for (size_t i = 0; i < sizeof bad_kernels / sizeof *bad_kernels; i++)
+        assert_refused(&context, PK_FORMAT,
+                       "these are: auto, gauss:N (1 to 1000), midpoint:N (1 to 1000000), trapezoid[:N] (2 to "
+                       "1000000), left",
+                       pk_kernel_rule_parse(&context, bad_kernels[i], &read));
+    assert_true(read.rule == PK_RULE_MIDPOINT && read.nodes == 1000000);
+    assert_ok(&context, pk_kernel_rule_parse(&context, "trapezoid", &read));
+    assert_true(read.rule == PK_RULE_TRAPEZOID && read.nodes == 0);
+    assert_ok(&context, pk_kernel_rule_parse(&context, "gauss:1000", &read));
+    assert_true(read.rule == PK_RULE_GAUSS && read.nodes == 1000);
     assert_refused(&context, PK_ARGUMENT, "NULL", pk_quadrature_parse(&context, NULL, &read));
     int rules = 0;
     while (pk_rule_name((pk_rule)rules))

@@ -80,15 +80,9 @@ static int parse_map(pk_context *context, const char *text, void *place)
     return map >= 0;
 }
 
-/* The trapezoid rule of a whole step has two nodes, and needs no number. */
 static int parse_step_rule(pk_context *context, const char *text, void *place)
 {
-    const pk_quadrature trapezoid = {PK_RULE_TRAPEZOID, 2};
-    if (strcmp(text, "trapezoid") == 0) {
-        *(pk_quadrature *)place = trapezoid;
-        return 1;
-    }
-    return parse_rule(context, text, place);
+    return pk_kernel_rule_parse(context, text, (pk_quadrature *)place) == PK_OK;
 }
 
 static int parse_batch(pk_context *context, const char *text, void *place)
@@ -119,7 +113,9 @@ static const program_option kernel_options[] = {
      "final, more than one: an axis in front; all of path_average; steps 0 to S-1 of sums, default all",
      NULL},
     {"--rule", "RULE", 0, PLACE(options.quadrature), parse_step_rule, NULL,
-     "along a step, of the kernels that move along it: left, trapezoid, gauss:N or auto, the default", NULL},
+     "along a step, of the kernels that move along it: left, trapezoid, gauss:N, midpoint:N or auto, the "
+     "default",
+     NULL},
     {"--batch", "WHICH", 0, PLACE(options.unweighted), parse_batch, "weight or none",
      "epk and tracin: weight, the default: training rows times their weight in each batch; none: times 1",
      NULL},

@@ -92,6 +92,11 @@ PK_API pk_kernel_outputs pk_kernel_outputs_find(const char *name);
 PK_API const char *pk_kernel_map_name(pk_kernel_map map);
 PK_API int pk_kernel_map_find(const char *name);
 
+/* The rule of a kernel: "auto", "left", "gauss:N" (N up to PK_KERNEL_GAUSS_NODES), "midpoint:N", "trapezoid", the two ends of a
+ * step, or "trapezoid:N". PK_FORMAT lists them, each with the numbers that it takes; *quadrature is untouched then. */
+PK_API PK__MUST_USE pk_status pk_kernel_rule_parse(pk_context *context, const char *text,
+                                                   pk_quadrature *quadrature);
+
 /* left, right: rows with or without targets (targets.type == 0); NULL: the training rows of the run. left == right, also
  * both NULL: the same rows, symmetric bit for bit (but tracin, whose right side is weighted). Targets are classes (N,)
  * for PK_OUTPUTS_LABEL, what the run's loss takes for loss_path and tracin.
@@ -201,6 +206,11 @@ PK_API int pk_kernel_map_find(const char *name)
     return -1;
 }
 
+PK_API pk_status pk_kernel_rule_parse(pk_context *context, const char *text, pk_quadrature *quadrature)
+{
+    return pk__rule_parse(context, text, 1, quadrature);
+}
+
 /* ---- layers that are fed ------------------------------------------------------------------------------- */
 
 static int pk__is_matrix_layer(const pk_node *node)
@@ -279,12 +289,14 @@ static pk_status pk__kernel_check_rule(pk_context *context, const pk_run *run, c
     if (!row->moves && rule->rule != PK_RULE_AUTO && rule->rule != PK_RULE_LEFT)
         return pk__fail(context, PK_ARGUMENT,
                         "%s takes its features at the weights themselves: no rule but left", row->name);
-    if ((int)rule->rule < 0 || rule->rule > PK_RULE_LEFT || rule->rule == PK_RULE_EXACT)
+    if (!pk_rule_name(rule->rule) || pk__rules[rule->rule].kernel_nodes == PK__NO_RULE)
         return pk__fail(context, PK_ARGUMENT, "%s: rule %d is none of auto, left, gauss, midpoint, trapezoid",
                         row->name, (int)rule->rule);
-    if (rule->nodes < 0 || rule->nodes > (rule->rule == PK_RULE_GAUSS ? 1000 : PK_RULE_NODES) ||
-        (rule->rule == PK_RULE_TRAPEZOID && rule->nodes == 1))
-        return pk__fail(context, PK_ARGUMENT, "%s: the rule cannot have %d nodes", row->name, rule->nodes);
+    const int least = pk__rules[rule->rule].least,
+              most = rule->rule == PK_RULE_GAUSS ? (int)PK_KERNEL_GAUSS_NODES : (int)PK_RULE_NODES;
+    if (rule->nodes && least && (rule->nodes < least || rule->nodes > most))
+        return pk__fail(context, PK_ARGUMENT, "%s: the rule %s cannot have %d nodes; it takes %d to %d",
+                        row->name, pk_rule_name(rule->rule), rule->nodes, least, most);
     if (!(options->tolerance >= 0 && options->tolerance < 1))
         return pk__fail(context, PK_ARGUMENT, "%s: the tolerance %g is not in [0, 1)", row->name,
                         options->tolerance);

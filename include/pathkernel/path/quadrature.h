@@ -27,11 +27,12 @@ typedef struct pk_quadrature {
 PK_API const char *pk_rule_name(pk_rule rule);
 
 /* "auto", "exact", "gauss:N", "midpoint:N", "trapezoid:N", "left" or "left:N", N nodes a step. PK_FORMAT lists those that
- * are known; *quadrature is untouched then. Whether the rule fits a network tells pk_quadrature_check. */
+ * are known, each with the numbers that it takes; *quadrature is untouched then. Whether the rule fits a network tells pk_quadrature_check. */
 PK_API PK__MUST_USE pk_status pk_quadrature_parse(pk_context *context, const char *text,
                                                   pk_quadrature *quadrature);
 
-enum { PK_GAUSS_NODES = 32, PK_RULE_NODES = 1000000 };
+/* The most nodes of a rule; Gauss-Legendre of a decomposition and of a kernel have fewer. */
+enum { PK_GAUSS_NODES = 32, PK_KERNEL_GAUSS_NODES = 1000, PK_RULE_NODES = 1000000 };
 
 /* Gauss-Legendre on [0, 1]: count nodes, exact for degree 2 count - 1; count <= 1000 or so. By Newton's
  * method on the Legendre polynomial in long double. Cost O(count^2). */
@@ -172,17 +173,17 @@ PK__PRIVATE int pk__is_exact(const pk_graph *graph, const pk_readout *readout)
     return 1;
 }
 
-/* Names, and whether a number of nodes stands behind them. */
-enum { PK__NO_NODES, PK__MAY_HAVE_NODES, PK__NEEDS_NODES };
+/* Names; whether a number of nodes stands behind them, in decompositions and in kernels; and the least number. */
+enum { PK__NO_RULE, PK__NO_NODES, PK__MAY_HAVE_NODES, PK__NEEDS_NODES };
 static const struct {
     const char *name;
-    int nodes;
-} pk__rules[] = {[PK_RULE_AUTO] = {"auto", PK__NO_NODES},
-                 [PK_RULE_EXACT] = {"exact", PK__NO_NODES},
-                 [PK_RULE_GAUSS] = {"gauss", PK__NEEDS_NODES},
-                 [PK_RULE_MIDPOINT] = {"midpoint", PK__NEEDS_NODES},
-                 [PK_RULE_TRAPEZOID] = {"trapezoid", PK__NEEDS_NODES},
-                 [PK_RULE_LEFT] = {"left", PK__MAY_HAVE_NODES}};
+    int nodes, kernel_nodes, least;
+} pk__rules[] = {[PK_RULE_AUTO] = {"auto", PK__NO_NODES, PK__NO_NODES, 0},
+                 [PK_RULE_EXACT] = {"exact", PK__NO_NODES, PK__NO_RULE, 0},
+                 [PK_RULE_GAUSS] = {"gauss", PK__NEEDS_NODES, PK__NEEDS_NODES, 1},
+                 [PK_RULE_MIDPOINT] = {"midpoint", PK__NEEDS_NODES, PK__NEEDS_NODES, 1},
+                 [PK_RULE_TRAPEZOID] = {"trapezoid", PK__NEEDS_NODES, PK__MAY_HAVE_NODES, 2},
+                 [PK_RULE_LEFT] = {"left", PK__MAY_HAVE_NODES, PK__NO_NODES, 1}};
 enum { PK__RULES = (int)(sizeof pk__rules / sizeof *pk__rules) };
 
 PK_API const char *pk_rule_name(pk_rule rule)
@@ -191,7 +192,7 @@ PK_API const char *pk_rule_name(pk_rule rule)
 }
 
 /* ":N" behind the name of a rule; 0 where it is no number of nodes that the rule may have. */
-static int pk__rule_nodes(const char *text, int allowed, int *nodes)
+static int pk__rule_nodes(const char *text, int allowed, int least, int most, int *nodes)
 {
     *nodes = 0;
     if (!*text)
@@ -199,32 +200,48 @@ static int pk__rule_nodes(const char *text, int allowed, int *nodes)
     if (allowed == PK__NO_NODES || !text[1])
         return 0;
     for (const char *digit = text + 1; *digit; digit++) {
-        if (*digit < '0' || *digit > '9' || *nodes > PK_RULE_NODES)
+        if (*digit < '0' || *digit > '9' || *nodes > most)
             return 0;
         *nodes = 10 * *nodes + (*digit - '0');
     }
-    return *nodes >= 1 && *nodes <= PK_RULE_NODES;
+    return *nodes >= least && *nodes <= most;
 }
 
-PK_API pk_status pk_quadrature_parse(pk_context *context, const char *text, pk_quadrature *quadrature)
+/* How the rules of decompositions, or of kernels, are written. */
+PK__PRIVATE pk_status pk__rule_parse(pk_context *context, const char *text, int kernel,
+                                     pk_quadrature *quadrature)
 {
-    char names[128] = "";
+    char names[192] = "";
     if (!text || !quadrature)
         return pk__fail(context, PK_ARGUMENT, "quadrature: the text or the place for the rule is NULL");
     const size_t length = strcspn(text, ":");
     for (int i = 0; i < PK__RULES; i++) {
+        const int allowed = kernel ? pk__rules[i].kernel_nodes : pk__rules[i].nodes;
+        const int most = kernel && i == PK_RULE_GAUSS ? (int)PK_KERNEL_GAUSS_NODES
+                         : i == PK_RULE_GAUSS         ? (int)PK_GAUSS_NODES
+                                                      : (int)PK_RULE_NODES;
+        char range[48] = "";
         int nodes;
+        if (allowed == PK__NO_RULE)
+            continue;
         if (strlen(pk__rules[i].name) == length && strncmp(pk__rules[i].name, text, length) == 0 &&
-            pk__rule_nodes(text + length, pk__rules[i].nodes, &nodes)) {
+            pk__rule_nodes(text + length, allowed, pk__rules[i].least, most, &nodes)) {
             quadrature->rule = (pk_rule)i;
             quadrature->nodes = nodes;
             return PK_OK;
         }
-        snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s%s", i ? ", " : "",
-                 pk__rules[i].name, pk__rules[i].nodes == PK__NEEDS_NODES ? ":N" : "");
+        if (allowed != PK__NO_NODES)
+            snprintf(range, sizeof range, allowed == PK__NEEDS_NODES ? ":N (%d to %d)" : "[:N] (%d to %d)",
+                     pk__rules[i].least, most);
+        snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s%s", *names ? ", " : "",
+                 pk__rules[i].name, range);
     }
-    return pk__fail(context, PK_FORMAT, "'%.40s' is not a rule; these are: %s, with N from 1 to %d", text,
-                    names, (int)PK_RULE_NODES);
+    return pk__fail(context, PK_FORMAT, "'%.40s' is not a rule; these are: %s", text, names);
+}
+
+PK_API pk_status pk_quadrature_parse(pk_context *context, const char *text, pk_quadrature *quadrature)
+{
+    return pk__rule_parse(context, text, 0, quadrature);
 }
 
 PK_API pk_status pk_quadrature_check(pk_context *context, const pk_quadrature *quadrature,
@@ -238,8 +255,9 @@ PK_API pk_status pk_quadrature_check(pk_context *context, const pk_quadrature *q
     if (quadrature->rule == PK_RULE_GAUSS && quadrature->nodes > PK_GAUSS_NODES)
         return pk__fail(context, PK_ARGUMENT, "Gauss-Legendre with %d nodes; 1 to %d are possible",
                         quadrature->nodes, (int)PK_GAUSS_NODES);
-    if (quadrature->rule == PK_RULE_TRAPEZOID && quadrature->nodes == 1)
-        return pk__fail(context, PK_ARGUMENT, "the trapezoid rule needs at least 2 nodes");
+    if (quadrature->nodes && quadrature->nodes < pk__rules[quadrature->rule].least)
+        return pk__fail(context, PK_ARGUMENT, "the %s rule needs at least %d nodes",
+                        pk__rules[quadrature->rule].name, pk__rules[quadrature->rule].least);
     if (quadrature->rule == PK_RULE_EXACT && !pk__is_exact(graph, readout))
         return pk__fail(
             context, PK_UNSUPPORTED,
