@@ -1,4 +1,5 @@
-/* What kernels refuse for want of memory: the message names the least number of bytes that would do, and it does. */
+/* What kernels refuse: for want of memory, where the message names the least number of bytes that would do, and it does; and
+ * rows that the network or the loss does not take. */
 #include "trained.h"
 
 enum { N = 6, KINDS = 8 };
@@ -49,7 +50,7 @@ static void check_call(call *c)
     const pk_status done = run_call(c, least);
     if (done)
         fail_msg("%zu bytes were said to do: %s", least, pk_message(context));
-    assert_int_equal(run_call(c, least - least / 10), PK_MEMORY_LIMIT);
+    assert_int_equal(run_call(c, least - least / 4), PK_MEMORY_LIMIT);
     assert_true(number_of(pk_message(context)) <= least + least / 16);
     assert_int_equal(run_call(c, 0), PK_OK);
     assert_int_equal(context->memory_used, held);
@@ -90,10 +91,68 @@ static void test_least_memory(void **state)
     (void)remove(path);
 }
 
+/* Every kernel names the side and the row of what it does not take: conjugate and embedding, which form no gradient, too. */
+static void test_bad_rows(void **state)
+{
+    (void)state;
+    static const recipe tokens = {"input 3; embedding 6 4; mean_tokens; dense 3",
+                                  "softmax_cross_entropy",
+                                  "sgd",
+                                  6,
+                                  0.1,
+                                  0,
+                                  N,
+                                  4,
+                                  2,
+                                  0,
+                                  3,
+                                  0};
+    trained t;
+    trained_make(&tokens, &t);
+    const size_t shape[2] = {N, 3}, length[1] = {N};
+    double numbers[N * N], *gram = numbers;
+    const pk_dataset rows = {.inputs = pk_array_view(REAL_TYPE, 2, shape, t.test),
+                             .targets = pk_array_view(PK_INT64, 1, length, t.labels)};
+    static const pk_real bad[] = {6, -1, (pk_real)0.5};
+    for (int kind = 1; kind <= KINDS; kind++)
+        for (int right = 0; right < 2; right++) {
+            pk_kernel_options o;
+            memset(&o, 0, sizeof o);
+            o.kind = (pk_kernel_kind)kind;
+            o.outputs = kind == PK_KERNEL_NTK || kind == PK_KERNEL_PATH || kind == PK_KERNEL_EPK ||
+                                kind == PK_KERNEL_PATH_AVERAGE
+                            ? PK_OUTPUTS_LABEL
+                            : PK_OUTPUTS_NONE;
+            char where[64];
+            snprintf(where, sizeof where, "%s: %s rows: row 2, number 1", pk_kernel_name(o.kind),
+                     right ? "right" : "left");
+            const pk_dataset *left = right ? NULL : &rows, *other = right ? &rows : NULL;
+            const pk_real was = t.test[7];
+            for (int b = 0; b < 3; b++) {
+                t.test[7] = bad[b];
+                assert_refused(&t.context, PK_ARGUMENT, where,
+                               pk_kernels(&t.context, &t.run, left, other, 1, &o, &gram, NULL));
+            }
+            t.test[7] = was;
+            const int64_t label = t.labels[4];
+            t.labels[4] = 3;
+            snprintf(where, sizeof where, "%s: %s rows: ", pk_kernel_name(o.kind), right ? "right" : "left");
+            if (kind != PK_KERNEL_CONJUGATE && kind != PK_KERNEL_EMBEDDING) {
+                assert_refused(&t.context, PK_ARGUMENT, where,
+                               pk_kernels(&t.context, &t.run, left, other, 1, &o, &gram, NULL));
+                assert_non_null(strstr(pk_message(&t.context), "row 4"));
+            }
+            t.labels[4] = label;
+            assert_ok(&t.context, pk_kernels(&t.context, &t.run, left, other, 1, &o, &gram, NULL));
+        }
+    trained_release(&t);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_least_memory),
+        cmocka_unit_test(test_bad_rows),
     };
     return cmocka_run_group_tests(tests, fixture_enter, fixture_leave);
 }

@@ -175,6 +175,9 @@ static int check_kernel_options(kernel_job *job)
                       name);
     if (!has_rule(options->kind))
         memset(&options->quadrature, 0, sizeof options->quadrature);
+    if (options_given(job->command, job->given, "--tolerance") &&
+        (!has_rule(options->kind) || options->quadrature.rule != PK_RULE_AUTO))
+        return refuse("--tolerance: it is that of the rule auto along a step");
     if (!has_batches(options->kind) && options_given(job->command, job->given, "--batch"))
         return refuse("--batch: the kernel %s has no weights of batches", name);
     if (options->append_one && options->kind != PK_KERNEL_CONJUGATE)
@@ -380,6 +383,22 @@ static void print_kernel(const kernel_job *job, const size_t *shape, int rank, c
            size_text((double)job->context.memory_peak, size));
 }
 
+/* A message about the rows of a side: with its option and its file in front. */
+static int refuse_rows(const kernel_job *job)
+{
+    const kernel_settings *set = job->set;
+    const char *const files[] = {set->left, set->right, set->left_labels, set->right_labels};
+    const char *const options[] = {"--left", "--right", "--left-labels", "--right-labels"};
+    const char *message = pk_message(&job->context);
+    for (int side = 0; side < 2; side++) {
+        const int labels = strstr(message, "targets") || strstr(message, "has label");
+        const int of = side + (labels && files[side + 2] ? 2 : 0);
+        if (strstr(message, side ? "right rows" : "left rows") && files[of])
+            return refuse("%s: %s: %s", options[of], files[of], message);
+    }
+    return refuse("%s", message);
+}
+
 static int compute_kernel(kernel_job *job)
 {
     const kernel_settings *set = job->set;
@@ -395,7 +414,7 @@ static int compute_kernel(kernel_job *job)
                                                                                        : &job->sides[1];
     memset(&report, 0, sizeof report);
     if (pk_kernel_shape(context, &job->run, left, right, &set->options, shape, &rank) != PK_OK)
-        return refuse("%s", pk_message(context));
+        return refuse_rows(job);
     catch_signals(&job->progress);
     const pk_status made = pk_kernel_file(context, &job->run, left, right, &set->options, set->out, &report);
     clear_line();

@@ -339,6 +339,32 @@ static pk_status pk__kernel_check_options(pk_context *context, const pk_run *run
     return status ? status : pk__kernel_check_rule(context, run, options);
 }
 
+/* A status whose message begins with where it happened. */
+static pk_status pk__kernel_fail_in(pk_context *context, pk_status status, const char *where)
+{
+    char message[PK_MESSAGE_SIZE];
+    if (!status || !context)
+        return status;
+    pk__print(message, sizeof message, "%s", context->message);
+    return pk__fail(context, status, "%s: %s", where, message);
+}
+
+/* Whether the operations of the network take the numbers of each row: tokens are whole numbers in a range. */
+static pk_status pk__kernel_check_tokens(pk_context *context, const pk_graph *graph, const pk_array *inputs,
+                                         const char *where)
+{
+    pk_real *row = NULL;
+    if (!graph->checked)
+        return PK_OK;
+    pk_status status = pk_allocate(context, graph->input_width, sizeof *row, "one row", &row);
+    for (size_t r = 0; !status && r < pk_array_length(inputs); r++) {
+        pk_array_reals(inputs, r * graph->input_width, graph->input_width, row);
+        status = pk__kernel_fail_in(context, pk_graph_check_inputs(context, graph, r, row), where);
+    }
+    pk_release(context, row);
+    return status;
+}
+
 /* Rows of a side: their width, numbers and, where the kernel needs them, targets. */
 static pk_status pk__kernel_check_side(pk_context *context, const pk_run *run, const pk_kernel_options *options,
                                        const pk_dataset *data, const char *side)
@@ -353,6 +379,8 @@ static pk_status pk__kernel_check_side(pk_context *context, const pk_run *run, c
     pk_status status = train ? PK_OK : pk_run_check_inputs(context, run, &data->inputs, text);
     if (!status && !train)
         status = pk__check_finite(context, text, &data->inputs);
+    if (!status && !train)
+        status = pk__kernel_check_tokens(context, &run->graph, &data->inputs, text);
     const size_t count = pk_array_length(&data->inputs);
     if (status || (row->feature != PK__FEATURE_LOSS && options->outputs != PK_OUTPUTS_LABEL))
         return status;
@@ -363,7 +391,10 @@ static pk_status pk__kernel_check_side(pk_context *context, const pk_run *run, c
         return pk__fail(context, PK_SHAPE, "%s: %zu rows of targets for %zu rows of inputs", text,
                         data->targets.rank < 1 ? (size_t)0 : pk_array_length(&data->targets), count);
     if (row->feature == PK__FEATURE_LOSS)
-        return train || !count ? PK_OK : pk_criterion_check(context, &run->criterion, data, run->outputs);
+        return train || !count
+                   ? PK_OK
+                   : pk__kernel_fail_in(context,
+                                        pk_criterion_check(context, &run->criterion, data, run->outputs), text);
     if (!pk__is_labels(&data->targets))
         return pk__fail(context, PK_ARGUMENT,
                         "%s: targets are not class labels, one whole number a row, which outputs by label need",

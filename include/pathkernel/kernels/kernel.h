@@ -716,15 +716,17 @@ static void pk__kernel_pass_set(pk__kernel_pass *pass, const pk_dataset *left, c
     }
     pk__kernel_terms(pass);
     const size_t B = pk__pass_block(pass);
-    size_t width = 1, layers = 1, most = 1;
+    size_t width = 1, layers = 1, most = 1, rows_of_all = 1;
     for (size_t k = 0; k < pass->count; k++) {
+        rows_of_all = pk__max(rows_of_all, pk__max(pass->kernel[k].rows, pass->kernel[k].columns));
         width = pk__max(width, pass->kernel[k].width);
         layers = pk__max(layers, pass->kernel[k].layers);
         most =
             pk__max(most, pk__max(pk__blocks(pass->kernel[k].rows, B), pk__blocks(pass->kernel[k].columns, B)));
     }
     pass->orders = most * most;
-    pass->capacity = B * width * B * width * layers;
+    const size_t numbers = pk__min(B, rows_of_all) * width;
+    pass->capacity = numbers * numbers * layers;
 }
 
 static void pk__kernel_pass_release(pk__kernel_pass *pass)
