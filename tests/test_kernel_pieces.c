@@ -228,6 +228,41 @@ static void test_loss_kinks(void **state)
         }
 }
 
+/* The rule path_integral of pk_compare has the same kinks: with plain SGD its contributions are Domingos'. */
+static void test_path_integral(void **state)
+{
+    (void)state;
+    static const char *const losses[] = {"l1", "huber delta=0.3", "hinge"};
+    for (int l = 0; l < 3; l++) {
+        const recipe r = {"input 3; dense 4; tanh; dense 2", losses[l], "sgd", 0, 2, 0, N, N, 3, 0, 13, 0};
+        trained t;
+        trained_make(&r, &t);
+        const size_t C = t.run.outputs;
+        double own[N * 2 * N], intercept[N * 2], largest = 0;
+        pk_real final[N * 2], *w = FIXTURE_NEW(pk_real, t.run.parameters);
+        pk_comparison rules[PK_COMPARE_RULES];
+        pk_domingos d = {own, NULL, intercept, 0, 0};
+        const pk_dataset inputs = {.inputs = t.run.train.inputs};
+        assert_ok(&t.context,
+                  pk_kernel_domingos(&t.context, &t.run, &inputs, (pk_quadrature){PK_RULE_AUTO, 0}, 0, &d));
+        assert_ok(&t.context, pk_run_weights(&t.context, &t.run, t.run.steps, w));
+        assert_ok(&t.context, pk_graph_evaluate(&t.context, &t.graph, w, pk_matrix_view(t.train, N, D),
+                                                pk_matrix_view(final, N, C)));
+        for (size_t cell = 0; cell < N * C; cell++) {
+            double left = (double) final[cell] - intercept[cell];
+            for (size_t i = 0; i < N; i++)
+                left -= own[cell * N + i];
+            largest = fmax(largest, fabs(left));
+        }
+        assert_ok(&t.context, pk_compare(&t.context, &t.run, pk_matrix_view(t.train, N, D), rules));
+        assert_string_equal(rules[2].rule, "path_integral");
+        print_message("%-16s residual %.6g, of the machine %.6g\n", losses[l], rules[2].residual_max, largest);
+        assert_close(rules[2].residual_max, largest, 2e-3 * largest);
+        free(w);
+        trained_release(&t);
+    }
+}
+
 /* One step whose rate makes weights move by up to 1e12. Either the result is right, or the status says that it is not. */
 static void test_far_weights(void **state)
 {
@@ -272,6 +307,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_loss_kinks),
+        cmocka_unit_test(test_path_integral),
         cmocka_unit_test(test_far_weights),
     };
     return cmocka_run_group_tests(tests, fixture_enter, fixture_leave);

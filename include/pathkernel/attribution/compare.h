@@ -53,10 +53,10 @@ typedef struct pk_comparison {
  * .. 9, only (in all of them where there are at most ten); the gradients of all steps that these steps' momenta hold count.
  *
  * The two integrals over t are Clenshaw-Curtis sums with 3, 5, 9, 17, 33 points, of each row until the contributions to it differ
- * from those of the sum before by at most 1e-10 (float: 1e-5) of the largest. Contributions of networks with kinks jump in t, where
- * no number of points brings that about: small runs (where it takes at most 1e10 flops) then have a trapezoid sum of up to 512 equal
- * parts, at least 64, which may be off by 1 / 1024, or 1 / 128, of each jump; others stay with the 33 points and are off by at most a
- * twentieth of each. Errors of the steps cancel in part.
+ * from those of the sum before by at most 1e-10 (float: 1e-5) of the largest. Contributions of networks or losses with kinks jump
+ * in t, where no number of points brings that about: small runs (where it takes at most 1e10 flops) then have a trapezoid sum of up
+ * to 512 equal parts, at least 64, which may be off by 1 / 1024, or 1 / 128, of each jump; others stay with the 33 points and are off
+ * by at most a twentieth of each. Errors of the steps cancel in part.
  *
  * PK_NOT_CLOSED and PK_UNATTRIBUTED as pk_decompose, for the exact rule; the rules are filled in then. After all others they are
  * not. Same bits for any number of threads and any memory limit, but for the seconds. Cost: about 8 decompositions, and for each
@@ -581,7 +581,7 @@ static size_t pk__compare_parts(const pk__job *job)
     const double P = (double)graph->spread, C = (double)run->outputs, M = (double)job->inputs.rows;
     const double S = (double)run->steps, items = S > 0 ? (double)run->batch_offsets[run->steps] : 0;
     double widths = 0;
-    int kinks = 0;
+    int kinks = pk__criterion_kinks(&run->criterion, 1) > 0;
     for (size_t n = 1; n < graph->node_count; n++)
         kinks |= pk__is_switch(&graph->nodes[n]);
     for (size_t l = 0; l < graph->layers; l++) {
