@@ -615,6 +615,17 @@ JOB(job_machine)
     return status ? status : pk_measure_predictions(context, 1, 3, gram, gram, classes, &predictions);
 }
 
+JOB(job_run_novelty)
+{
+    WITH;
+    double energies[NET_ROWS];
+    pk_kernel_options options;
+    memset(&options, 0, sizeof options);
+    options.kind = PK_KERNEL_NTK;
+    options.outputs = PK_OUTPUTS_TRACE;
+    return pk_kernel_novelty(context, &m->kept, &m->data, &options, NULL, energies, NULL);
+}
+
 JOB(job_sketch)
 {
     WITH;
@@ -1014,6 +1025,7 @@ static const struct entry {
      "pk_machine_release pk_pearson pk_spearman pk_kendall pk_top_overlap pk_measure_gram pk_target_alignment "
      "pk_kernel_specialization pk_measure_gram_pair pk_measure_predictions",
      job_machine, 10},
+    {"pk_kernel_novelty", job_run_novelty, 10},
     {"pk_sensitivity_at pk_sensitivity_release", job_sensitivity, 10},
     {"pk_compare", job_compare, 10},
     {"pk__steps_prepare pk__steps_save_states pk__steps_visit", job_window, 0},

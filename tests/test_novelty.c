@@ -361,11 +361,120 @@ static void test_refusals(void **state)
     assert_int_equal(context.memory_used, 0);
 }
 
+/* The energy by features: the part of a row's gradient in the span of the training rows', by Gram and Schmidt. */
+static double energy_of(size_t n, size_t P, const pk_real *train, const pk_real *row,
+                        const unsigned char *counts)
+{
+    double *basis = FIXTURE_NEW(double, n *P), *v = FIXTURE_NEW(double, P), inside = 0, whole = 0;
+    size_t rank = 0;
+    for (size_t i = 0; i <= n; i++) {
+        double before = 0, after = 0;
+        for (size_t p = 0; p < P; p++) {
+            v[p] = counts[p] ? (double)(i < n ? train[i * P + p] : row[p]) : 0;
+            before += v[p] * v[p];
+        }
+        for (int twice = 0; twice < 2; twice++)
+            for (size_t b = 0; b < rank; b++) {
+                double dot = 0;
+                for (size_t p = 0; p < P; p++)
+                    dot += basis[b * P + p] * v[p];
+                inside += i == n ? dot * dot : 0;
+                for (size_t p = 0; p < P; p++)
+                    v[p] -= dot * basis[b * P + p];
+            }
+        for (size_t p = 0; p < P; p++)
+            after += v[p] * v[p];
+        whole = before;
+        for (size_t p = 0; i < n && after > 1e-20 * before && p < P; p++)
+            basis[rank * P + p] = v[p] / sqrt(after);
+        rank += i < n && after > 1e-20 * before;
+    }
+    free(basis), free(v);
+    return inside / whole;
+}
+
+/* Of a run, by step and layer; and of kernels along steps against the matrices themselves. */
+static void test_of_a_run(void **state)
+{
+    (void)state;
+    enum { ROWS = 6, TEST = 4 };
+    static const recipe how = {
+        "input 3; dense 5; tanh; dense 2", "softmax_cross_entropy", "sgd", 0, 0.3, 0, ROWS, 4, 5, 0, 3, 0};
+    trained t;
+    trained_make(&how, &t);
+    pk_context *context = &t.context;
+    const size_t P = t.run.parameters, D = 3, shape[2] = {TEST, 3}, steps[2] = {5, 2};
+    const pk_dataset rows = {.inputs = pk_array_view(REAL_TYPE, 2, shape, t.test)};
+    double energies[2 * 2 * TEST], worst = 0, least = 1;
+    pk_novelty_report reports[4];
+    const pk_novelty_options whole = {0, 1};
+    pk_kernel_options o;
+    memset(&o, 0, sizeof o);
+    o.kind = PK_KERNEL_NTK, o.outputs = PK_OUTPUTS_ONE, o.output = 1, o.by_layer = 1;
+    o.steps = steps, o.step_count = 2;
+    assert_ok(context, pk_kernel_novelty(context, &t.run, &rows, &o, &whole, energies, reports));
+    pk_real *w = FIXTURE_NEW(pk_real, P), *J = FIXTURE_NEW(pk_real, (ROWS + TEST) * 2 * P);
+    pk_real *own = FIXTURE_NEW(pk_real, (ROWS + TEST) * P);
+    unsigned char *counts = FIXTURE_NEW(unsigned char, P);
+    for (size_t k = 0; k < 2; k++) {
+        assert_ok(context, pk_run_weights(context, &t.run, steps[k], w));
+        for (int s = 0; s < 2; s++)
+            assert_ok(context, pk_jacobian(context, &t.graph, w,
+                                           pk_matrix_view(s ? t.test : t.train, s ? TEST : ROWS, D),
+                                           pk_matrix_view(J + (s ? ROWS * 2 * P : 0), (s ? TEST : ROWS) * 2, P),
+                                           pk_matrix_view(NULL, 0, 0)));
+        for (size_t i = 0; i < ROWS + TEST; i++)
+            memcpy(own + i * P, J + (2 * i + 1) * P, P * sizeof *own);
+        for (size_t layer = 0; layer < 2; layer++) {
+            for (size_t b = 0; b < t.graph.block_count; b++)
+                memset(counts + t.graph.blocks[b].first, t.graph.blocks[b].column == (int)layer,
+                       t.graph.blocks[b].count);
+            for (size_t m = 0; m < TEST; m++) {
+                const double energy = energy_of(ROWS, P, own, own + (ROWS + m) * P, counts);
+                worst = fmax(worst, fabs(energy - energies[(k * 2 + layer) * TEST + m]));
+                least = fmin(least, energy);
+            }
+            assert_true(reports[k * 2 + layer].rank == reports[k * 2 + layer].whole_rank);
+        }
+    }
+    print_message("by step and layer: differ by %.2g, least %.3g\n", worst, least);
+    assert_true(worst <= EITHER(1e-9, 1e-2) && least < 0.999);
+    /* epk: test rows move, training rows do not; by the matrices. */
+    memset(&o, 0, sizeof o);
+    o.kind = PK_KERNEL_EPK, o.outputs = PK_OUTPUTS_TRACE;
+    double train[ROWS * ROWS], cross[TEST * ROWS], both[TEST * TEST], diagonal[TEST], expected[TEST];
+    double *place[3] = {train, cross, both};
+    assert_ok(context, pk_kernels(context, &t.run, NULL, NULL, 1, &o, &place[0], NULL));
+    assert_ok(context, pk_kernels(context, &t.run, &rows, NULL, 1, &o, &place[1], NULL));
+    assert_ok(context, pk_kernels(context, &t.run, &rows, &rows, 1, &o, &place[2], NULL));
+    for (size_t m = 0; m < TEST; m++)
+        diagonal[m] = both[m * TEST + m];
+    assert_ok(context, pk_novelty(context, ROWS, train, TEST, cross, diagonal, NULL, expected, NULL));
+    assert_ok(context, pk_kernel_novelty(context, &t.run, &rows, &o, NULL, energies, NULL));
+    for (size_t m = 0; m < TEST; m++)
+        assert_close(energies[m], expected[m], EITHER(1e-10, 1e-3));
+    o.outputs = PK_OUTPUTS_FULL;
+    assert_refused(context, PK_ARGUMENT, "one number for each pair",
+                   pk_kernel_novelty(context, &t.run, &rows, &o, NULL, energies, NULL));
+    memset(&o, 0, sizeof o);
+    o.kind = PK_KERNEL_TRACIN;
+    const pk_dataset labelled = {.inputs = rows.inputs, .targets = pk_array_view(PK_INT64, 1, shape, t.labels)};
+    assert_refused(context, PK_ARGUMENT, "different features",
+                   pk_kernel_novelty(context, &t.run, &labelled, &o, NULL, energies, NULL));
+    o.unweighted = 1;
+    assert_ok(context, pk_kernel_novelty(context, &t.run, &labelled, &o, NULL, energies, NULL));
+    assert_refused(context, PK_ARGUMENT, "missing",
+                   pk_kernel_novelty(context, &t.run, NULL, &o, NULL, energies, NULL));
+    free(w), free(J), free(own), free(counts);
+    trained_release(&t);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_symmetric), cmocka_unit_test(test_singular), cmocka_unit_test(test_energy),
         cmocka_unit_test(test_network),   cmocka_unit_test(test_roc),      cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_of_a_run),
     };
     return cmocka_run_group_tests(tests, fixture_enter, fixture_leave);
 }

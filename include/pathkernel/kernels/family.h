@@ -339,16 +339,6 @@ static pk_status pk__kernel_check_options(pk_context *context, const pk_run *run
     return status ? status : pk__kernel_check_rule(context, run, options);
 }
 
-/* A status whose message begins with where it happened. */
-static pk_status pk__kernel_fail_in(pk_context *context, pk_status status, const char *where)
-{
-    char message[PK_MESSAGE_SIZE];
-    if (!status || !context)
-        return status;
-    pk__print(message, sizeof message, "%s", context->message);
-    return pk__fail(context, status, "%s: %s", where, message);
-}
-
 /* Whether the operations of the network take the numbers of each row: tokens are whole numbers in a range. */
 static pk_status pk__kernel_check_tokens(pk_context *context, const pk_graph *graph, const pk_array *inputs,
                                          const char *where)
@@ -359,7 +349,7 @@ static pk_status pk__kernel_check_tokens(pk_context *context, const pk_graph *gr
     pk_status status = pk_allocate(context, graph->input_width, sizeof *row, "one row", &row);
     for (size_t r = 0; !status && r < pk_array_length(inputs); r++) {
         pk_array_reals(inputs, r * graph->input_width, graph->input_width, row);
-        status = pk__kernel_fail_in(context, pk_graph_check_inputs(context, graph, r, row), where);
+        status = pk__prefix(context, pk_graph_check_inputs(context, graph, r, row), "%s: ", where);
     }
     pk_release(context, row);
     return status;
@@ -393,8 +383,8 @@ static pk_status pk__kernel_check_side(pk_context *context, const pk_run *run, c
     if (row->feature == PK__FEATURE_LOSS)
         return train || !count
                    ? PK_OK
-                   : pk__kernel_fail_in(context,
-                                        pk_criterion_check(context, &run->criterion, data, run->outputs), text);
+                   : pk__prefix(context, pk_criterion_check(context, &run->criterion, data, run->outputs),
+                                "%s: ", text);
     if (!pk__is_labels(&data->targets))
         return pk__fail(context, PK_ARGUMENT,
                         "%s: targets are not class labels, one whole number a row, which outputs by label need",

@@ -6,11 +6,13 @@
  * 1 for a row inside the span, 0 for one across it. A low energy is novelty. What a step of training changes of an output at
  * x lies in that span for the tangent kernel of that step (OpenReview gZRfDWLlGY).
  *
- * Any kernel serves: its Gram at one step, summed over steps, of one layer, by pk_kernel_ntk_trace or read from a file.
+ * Any kernel serves: its Gram at one step, summed over steps, of one layer, by pk_kernel_ntk_trace or read from a file;
+ * pk_kernel_novelty does it for a kernel of a run, at each step and for each layer that is asked for.
  */
 #ifndef PATHKERNEL_NOVELTY_H
 #define PATHKERNEL_NOVELTY_H
 #include "../math/factorize.h"
+#include "kernel.h"
 
 /* >>> declarations */
 PK__BEGIN_C
@@ -36,6 +38,18 @@ PK_API PK__MUST_USE pk_status pk_novelty(pk_context *context, size_t n, const do
                                          const double *cross, const double *diagonal,
                                          const pk_novelty_options *options, double *energies,
                                          pk_novelty_report *report);
+
+/* The same for the rows of `rows` (M of them) against the training rows of a run, by a kernel of family.h: a product of features
+ * for each step and layer. options: as of pk_kernels, with a number for each pair of rows (outputs not full), without a map;
+ * several steps of a kernel at a step, and by_layer, are matrices of their own. PK_OUTPUTS_LABEL and the kernels of losses need
+ * the rows' targets. energies: [steps x] [layers x] M; reports: one for each step and layer, or NULL.
+ * Memory: the matrices of training rows with training rows and of the rows with them, for all steps and layers.
+ * Statuses of pk_kernels and pk_novelty; PK_ARGUMENT for outputs full, a map, and tracin, unless unweighted: its two sides have
+ * different features. */
+PK_API PK__MUST_USE pk_status pk_kernel_novelty(pk_context *context, const pk_run *run, const pk_dataset *rows,
+                                                const pk_kernel_options *options,
+                                                const pk_novelty_options *novelty, double *energies,
+                                                pk_novelty_report *reports);
 
 /* The area under the ROC curve: the probability that a number of `high` is above one of `low`, ties counting half. NAN where
  * either is empty or holds a NaN. Cost O(n log n). PK_MEMORY, PK_MEMORY_LIMIT, PK_OVERFLOW; PK_ARGUMENT for NULL. */
@@ -133,6 +147,67 @@ PK_API pk_status pk_novelty(pk_context *context, size_t n, const double *gram, s
         *report = own;
     pk_release(context, arena.base);
     return PK_OK;
+}
+
+/* The matrices of all steps and layers, one behind the other: train (N x N), cross (M x N), then each row and each training row
+ * with itself. */
+static pk_status pk__novelty_planes(pk_context *context, const pk_run *run, const pk_dataset *rows,
+                                    const pk_kernel_options *options, const pk_novelty_options *novelty,
+                                    double *memory, double *energies, pk_novelty_report *reports)
+{
+    const size_t N = run->examples, M = pk__kernel_count(run, rows), layers = pk__kernel_layers(run, options);
+    const size_t planes = pk__kernel_slots(run, options) * layers;
+    double *train = memory, *cross = train + planes * N * N, *own = cross + planes * M * N,
+           *spare = own + planes * M;
+    pk_status status = pk_kernels(context, run, NULL, NULL, 1, options, &train, NULL);
+    if (!status)
+        status = pk_kernels(context, run, rows, NULL, 1, options, &cross, NULL);
+    if (!status)
+        status = pk__kernel_diagonals(context, run, rows, NULL, options, own, spare);
+    for (size_t p = 0; !status && p < planes; p++)
+        status = pk_novelty(context, N, train + p * N * N, M, cross + p * M * N, own + p * M, novelty,
+                            energies + p * M, reports ? &reports[p] : NULL);
+    return status;
+}
+
+PK_API pk_status pk_kernel_novelty(pk_context *context, const pk_run *run, const pk_dataset *rows,
+                                   const pk_kernel_options *options, const pk_novelty_options *novelty,
+                                   double *energies, pk_novelty_report *reports)
+{
+    size_t shape[6], planes = 0, numbers = 0;
+    int rank = 0;
+    double *memory = NULL;
+    if (!rows || !energies)
+        return pk__fail(context, PK_ARGUMENT, "novelty: the rows or the place for the energies are missing");
+    pk_status status = pk_kernel_shape(context, run, rows, NULL, options, shape, &rank);
+    if (status)
+        return status;
+    const char *name = pk_kernel_name(options->kind);
+    if (options->outputs == PK_OUTPUTS_FULL || options->map != PK_MAP_NONE || options->left_train)
+        return pk__fail(
+            context, PK_ARGUMENT,
+            "novelty: %s needs one number for each pair of rows: outputs full, maps and left_train do not "
+            "give the products of features",
+            name);
+    if (pk__kernel_rows[options->kind].weighted == PK__RIGHT && !options->unweighted)
+        return pk__fail(context, PK_ARGUMENT,
+                        "novelty: the two sides of %s have different features; take it unweighted", name);
+    const size_t N = run->examples, M = pk__kernel_count(run, rows);
+    if (!pk__multiply(pk__kernel_slots(run, options), pk__kernel_layers(run, options), &planes) ||
+        M > SIZE_MAX / 4 - N || !pk__multiply(N + M, N + 1, &numbers) ||
+        !pk__multiply(numbers, planes, &numbers) || numbers > SIZE_MAX / 64)
+        return pk__fail(context, PK_OVERFLOW, "novelty: matrices of %zu and %zu rows overflow", N, M);
+    status = pk_allocate(context, numbers, sizeof *memory, "the matrices of novelty", &memory);
+    if (!status && planes > 0 && M > 0)
+        status = pk__novelty_planes(context, run, rows, options, novelty, memory, energies, reports);
+    pk_release(context, memory);
+    if (status == PK_MEMORY_LIMIT) {
+        pk__kernel_sample sample = {.run = run, .left = rows, .count = 1, .options = options};
+        sample.beside =
+            pk__kernel_beside(run, rows, NULL, 1, options) + (numbers + N * (N + 1)) * sizeof *memory;
+        return pk__fail_with_least(context, "novelty", pk__kernel_sample_run, &sample);
+    }
+    return status;
 }
 
 static int pk__compare_numbers(const void *a, const void *b)
