@@ -1067,7 +1067,7 @@ enum {
     PK_CONVOLUTION_INITIAL,
     PK_CONVOLUTION_GAIN
 };
-/* conv_transpose has these instead of initialisation and gain: its weights start as PyTorch's. */
+/* conv_transpose has these instead of initialization and gain: its weights start as PyTorch's. */
 enum { PK_CONVOLUTION_OUTPUT_PAD = PK_CONVOLUTION_INITIAL };
 enum {
     PK_POOL_KERNEL, /* of the adaptive pools: the output's sizes */
@@ -1097,7 +1097,14 @@ PK__END_C
 PK__BEGIN_C
 
 /* Attributes, for pk_graph_add. */
-enum { PK_EMBEDDING_TOKENS, PK_EMBEDDING_WIDTH };
+enum {
+    PK_EMBEDDING_TOKENS,
+    PK_EMBEDDING_WIDTH,
+    PK_EMBEDDING_PADDING, /* the token of zeros, counted from 1; 0: none */
+    PK_EMBEDDING_FIRST,   /* the first number of a row that is a token */
+    PK_EMBEDDING_COUNT,   /* how many are tokens; 0: all from the first one on */
+    PK_EMBEDDING_OFFSET   /* added to each of them */
+};
 enum { PK_ATTEND_HEADS, PK_ATTEND_CAUSAL, PK_ATTEND_SHARED };
 enum { PK_TOKEN_INDEX };
 
@@ -1110,6 +1117,7 @@ PK__END_C
  *     matmul        y = A B, or A B^T: matrices in the last two dimensions, one product for each index in front of them
  *     concatenate   several values one behind the other along an axis
  *     view          y[i] = x[offset + sum_k i_k stride_k]: a slice, a permutation of the axes, a repetition along an axis
+ *     gather        y[i] = x[places[i]], 0 where the place is -1: any other way to move numbers
  *     reshape       the same numbers in another shape
  *     sum           over an axis
  *     parameter     a tensor of weights, the same for every row
@@ -1121,6 +1129,7 @@ PK__BEGIN_C
 /* Attributes, for pk_graph_add. Shapes and permutations: the rank, then a number for each axis. */
 enum { PK_MATMUL_TRANSPOSED };
 enum { PK_VALUES_AXIS };
+enum { PK_GATHER_ROWS, PK_GATHER_COLUMNS }; /* the shape of the result, and of the places, its constants */
 enum { PK_VALUES_RANK, PK_VALUES_DIMS };
 enum { PK_VIEW_RANK, PK_VIEW_DIMS, PK_VIEW_STRIDES = 5, PK_VIEW_OFFSET = 9 };
 
@@ -1200,6 +1209,8 @@ PK__END_C
  *     l1                      sum_j |f_j - y_j| / C                                   L1Loss
  *     kl_div                  sum_j y_j (log y_j - f_j)                               KLDivLoss, batchmean
  *     binary_cross_entropy    - sum_j (y_j log f_j + (1 - y_j) log(1 - f_j)) / C      BCELoss
+ *     recorded                sum_j y_j f_j: the target is the derivative dl/df of some loss, as a run
+ *                             records it for each item of its batches (run.h, loss_gradients.npy)
  *
  * A criterion is a loss with its options, PyTorch's by name:
  *
@@ -1232,7 +1243,8 @@ typedef enum pk_loss {
     PK_HINGE,
     PK_L1,
     PK_KL_DIV,
-    PK_BINARY_CROSS_ENTROPY
+    PK_BINARY_CROSS_ENTROPY,
+    PK_RECORDED
 } pk_loss;
 
 /* A loss with its options. Zeroed but for the loss = PyTorch's defaults. A loss reads its own options only. */
@@ -1495,6 +1507,7 @@ typedef enum pk_optimizer_kind {
 typedef struct pk_optimizer {
     pk_optimizer_kind kind;
     double momentum, dampening; /* sgd; momentum: rmsprop as well */
+    const double *momenta; /* where a schedule moves it: the momentum, or beta1 of adam and adamw, of each step; not in the text */
     double weight_decay;        /* coupled L2, but decoupled for adamw and where decoupled_weight_decay is 1 */
     double beta1, beta2, epsilon; /* adam, adamw, nadam; epsilon: rmsprop and adagrad as well */
     int nesterov;                 /* sgd */
@@ -1682,8 +1695,12 @@ PK__END_C
  *     train_inputs.npy     (N, D...) floats, integers or bools, the axes in the network's order (pk_array_check_rows)
  *     train_targets.npy    (N,) integer labels, (N, C) or (N,) numbers
  *     gradient_scales.npy  (S,)     float64, optional: what gradient clipping multiplied by; 1 without it
+ *     momenta.npy          (S,)     float64, optional, where a schedule moves it: the momentum, or beta1 of adam and adamw, of each
+ *                          step, of all groups alike
+ *     loss_gradients.npy   (T, C)   float32 or float64, with the loss `recorded`: dl/df of each item, whatever the loss was; the
+ *                          targets are for the reader alone then
  *     group_rates.npy      (S, G)   float64, optional: the rates of the groups, one column a `group` line
- *     second_moments.npy   (S, P)   float32 or float64, optional: what the optimiser divided by the root of: v of adam, adamw and
+ *     second_moments.npy   (S, P)   float32 or float64, optional: what the optimizer divided by the root of: v of adam, adamw and
  *                          nadam after each step (the largest so far with amsgrad), the sum of adagrad, v of rmsprop
  *     initial_state.npy    (V, P)   float64 or float32, where run.txt has `initial_step K`: the optimizer's vectors before step
  *                          0 (optimizer.h), of a run that goes on from K updates of an optimizer; a tensor whose rule has fewer
@@ -1737,6 +1754,8 @@ typedef struct pk_run {
     const double *gradient_scales; /* steps; NULL: 1 */
     const double *group_rates;     /* steps x groups.count; NULL: their factors times learning_rates */
     const int64_t *checksums;      /* steps + 1; NULL where k = 1 */
+    pk_array momenta;              /* (at least steps); data is NULL where absent */
+    pk_array loss_gradients;       /* (batch_offsets[steps], C) of the loss `recorded`; data is NULL where absent */
     pk_array columns[7];           /* private: the arrays behind the seven pointers above */
 } pk_run;
 
@@ -1781,6 +1800,10 @@ PK_API double pk_run_gradient_scale(const pk_run *run, size_t step);
 
 /* The rates of the groups at a step, one for each group; NULL if the groups have factors instead. */
 PK_API const double *pk_run_group_rates(const pk_run *run, size_t step);
+
+/* The array of the derivatives of the losses that were recorded, and the row of the step's first item; NULL where the loss of
+ * the run gives them. */
+PK_API const pk_array *pk_run_loss_gradients(const pk_run *run, size_t step, size_t *row);
 
 /* weights (P) := w_step, step in [0, run->steps] and a multiple of run->keep_every, converted exactly (float32
  * to double). Reads one row. PK_NOT_FINITE names the step and the parameter; PK_ARGUMENT for a step that is not
@@ -1846,8 +1869,8 @@ typedef struct pk_recorder {
     /* private: */
     size_t keep_every, state_numbers; /* k; numbers of the optimizer's state, V P */
     size_t moments;                   /* the vector of the state that second_moments.npy has */
-    pk_array_writer files[10];
-    int present[10];
+    pk_array_writer files[12];
+    int present[12];
     double *group_rates; /* of the next step */
     size_t group_count;
     int float32, failed, lock;
@@ -2208,11 +2231,12 @@ typedef struct pk_quadrature {
 PK_API const char *pk_rule_name(pk_rule rule);
 
 /* "auto", "exact", "gauss:N", "midpoint:N", "trapezoid:N", "left" or "left:N", N nodes a step. PK_FORMAT lists those that
- * are known; *quadrature is untouched then. Whether the rule fits a network tells pk_quadrature_check. */
+ * are known, each with the numbers that it takes; *quadrature is untouched then. Whether the rule fits a network tells pk_quadrature_check. */
 PK_API PK__MUST_USE pk_status pk_quadrature_parse(pk_context *context, const char *text,
                                                   pk_quadrature *quadrature);
 
-enum { PK_GAUSS_NODES = 32, PK_RULE_NODES = 1000000 };
+/* The most nodes of a rule; Gauss-Legendre of a decomposition and of a kernel have fewer. */
+enum { PK_GAUSS_NODES = 32, PK_KERNEL_GAUSS_NODES = 1000, PK_RULE_NODES = 1000000 };
 
 /* Gauss-Legendre on [0, 1]: count nodes, exact for degree 2 count - 1; count <= 1000 or so. By Newton's
  * method on the Legendre polynomial in long double. Cost O(count^2). */
@@ -2314,12 +2338,12 @@ PK__END_C
  * depend on how many rows are beside it.
  */
 
-/* pathkernel/features/layers.h: what is kept of each layer while the gradients of a block of test rows' outputs are
- * integrated along a step, and the memory for it.
+/* pathkernel/features/layers.h: what is stored of each layer while the gradients of the outputs of a block of test rows
+ * are integrated along a step, and the memory for it.
  *
  * A layer whose weights are W and whose input is a has the gradient delta (x) a, delta being the cotangent of what it computes;
- * its integral is Phi = sum_p w_p delta_p (x) a_p over the points p of the quadrature. Phi itself is large. What is kept depends
- * on what changes along the step (pk__layer_kind):
+ * its integral is Phi = sum_p w_p delta_p (x) a_p over the points p of the quadrature. Phi itself is large. What is stored
+ * depends on what changes along the step (pk__layer_kind):
  *   - the input does not (the layer is on data): sum_p w_p delta_p, and the input;
  *   - the cotangent does not (everything behind the layer is linear): sum_p w_p a_p, and the cotangent;
  *   - both do: nothing, where each point is multiplied with the examples' factors while it is in memory (product.h); or Phi,
@@ -2332,16 +2356,16 @@ typedef enum pk_engine {
     PK_ENGINE_AUTO,      /* the cheapest by the cost model */
     PK_ENGINE_FACTORED,  /* Hadamard products at each point */
     PK_ENGINE_HEAD,      /* the outputs taken out of the sum over points, where a layer allows it */
-    PK_ENGINE_INTEGRATED /* Phi materialised; the only one for stateful optimisers and PK_TANGENT_ROWS */
+    PK_ENGINE_INTEGRATED /* Phi materialized; the only one for stateful optimizers and PK_TANGENT_ROWS */
 } pk_engine;
 
-/* pathkernel/features/sums.h: the sums over the points of a step, layer by layer: cotangents, inputs or Phi, whichever a layer
- * keeps (layers.h), and the products of Phi with given directions.
+/* pathkernel/features/sums.h: the sums over the points of a step, layer by layer: of cotangents, of inputs or of Phi,
+ * depending on the kind of the layer (layers.h), and the products of Phi with given directions.
  *
- * All points of a part are in memory together, with the values and the cotangents of every layer (integral.h). The products
- * < Phi, direction > that a step's closure, unattributed part and decay are made of need no Phi: of a layer at points they are
- * the sum over the points of w_p delta_p . F(direction, a_p), F being what the layer computes with the direction in the place
- * of its weights.
+ * All points of a part are in memory together, with the values and the cotangents of every layer (integral.h). The
+ * products < Phi, direction >, of which a step's closure, unattributed part and decay consist, need no Phi: for a layer
+ * that is multiplied point by point they are the sum over the points of w_p delta_p . F(direction, a_p), where F is what
+ * the layer computes with the direction as its weights.
  */
 
 /* pathkernel/features/integral.h: the gradients of a block of test rows' outputs, integrated along a step:
@@ -2354,9 +2378,9 @@ typedef enum pk_engine {
  *     }
  *     pk__integral_end(&integral);
  *
- * Points come from the quadrature (path/integrator.h) in batches, and of a batch as many at a time as can be reversed together.
- * After the last ones, `along` holds the products with the step's directions, and Phi can be read, row by row, of the layers of
- * which it is kept or is an outer product.
+ * The quadrature (path/integrator.h) gives points in batches, which are cut into parts that are reversed together. After
+ * the last part `along` holds the products with the step's directions, and pk__integral_row_phi gives Phi, row by row, of
+ * the layers whose Phi is stored or is an outer product.
  */
 
 /* pathkernel/features/product.h: inner products of the integrated gradients with the gradients of examples: the memory, and the
@@ -2413,8 +2437,7 @@ typedef enum pk_engine {
  */
 PK__BEGIN_C
 
-/* Axes of a kept tensor beside the test row and the output. Any sum of them may be kept; one tensor has
- * either examples or groups. */
+/* Axes of a result besides the test row and the output. They can be combined by |; a result has either examples or groups. */
 enum { PK_BY_EXAMPLE = 1, PK_BY_GROUP = 2, PK_BY_STEP = 4, PK_BY_LAYER = 8, PK_BY_TOTAL = 16, PK_KEPT = 8 };
 
 /* The tolerance of closures where none is given. What rounding leaves of them grows with the changes that add up: runs
@@ -2428,11 +2451,11 @@ enum { PK_BY_EXAMPLE = 1, PK_BY_GROUP = 2, PK_BY_STEP = 4, PK_BY_LAYER = 8, PK_B
 #define PK_CLOSURE_ROUNDING 1e-11
 #endif
 
-/* What a run leaves unattributed that is described rightly: each step rounds the weights and its gradient, and what
- * steps leave adds up like a random walk. Measured on runs of 12 to 1500 steps by all optimizers, dense, convolutional
- * and with attention, trained in float32: at most 30 roundings times the root of the steps (docs/numerics.md). A run is in
- * float32 if it is stored so, or if all of its last weights are float32 numbers. In float64, where nothing that is
- * described wrongly leaves so little, the limit is that of a careless recording. */
+/* What stays unattributed in a run whose training is declared correctly: each step rounds the weights and its gradient, and
+ * these errors add up like a random walk. Measured on runs of 12 to 1500 steps by all optimizers, dense, convolutional and
+ * with attention, trained in float32: at most 30 roundings times the root of the steps (docs/numerics.md). A run is in
+ * float32 if it is stored so, or if all of its last weights are float32 numbers. In float64 the limit is generous, enough
+ * for a recording that rounds carelessly: a wrongly declared run leaves far more. */
 #define PK_UNATTRIBUTED_EPSILONS 128
 #define PK_UNATTRIBUTED_LEAST 1e-10
 
@@ -2441,11 +2464,12 @@ typedef struct pk_decompose_options {
     pk_average
         average; /* decomposes the outputs of an average of the weights, along its own path (run/average.h); zeroed: none */
     /* 0: PK_TOLERANCE. A row is closed where |closure| is at most tolerance times its largest contribution (below), or
-     * min(tolerance, PK_CLOSURE_ROUNDING) times its largest |initial| or |final|. Cost falls with a looser one. */
+     * min(tolerance, PK_CLOSURE_ROUNDING) times its largest |initial| or |final|. A larger tolerance makes a decomposition
+     * cheaper. */
     double tolerance;
-    /* The largest |unattributed| / max(1, |h|) that rounding may leave; 0: PK_UNATTRIBUTED_EPSILONS roundings of the
-     * run's numbers, times the root of its number of steps, but at least PK_UNATTRIBUTED_LEAST; and so much less as the
-     * largest output or contribution of all rows is below 1. */
+    /* The largest |unattributed| / max(1, |h|) that rounding explains. 0: PK_UNATTRIBUTED_EPSILONS roundings of the run's
+     * numbers, times the root of its number of steps, but at least PK_UNATTRIBUTED_LEAST; where the largest output or
+     * contribution of all rows is below 1, times that number. */
     double unattributed;
     pk_readout readout;
     /* Which sums of contributions to keep, e.g. {PK_BY_EXAMPLE, PK_BY_STEP | PK_BY_LAYER}; the first 0 ends the
@@ -2456,17 +2480,17 @@ typedef struct pk_decompose_options {
     int bounds;          /* 1: a bound on the error of each A(x, i); costs about four times as much */
     int step_closure;    /* 1: the closure of each step */
     pk_engine engine;    /* for tests and benchmarks */
-    int reverse_time;    /* 1: the reverse-time form also where the optimiser has no state */
+    int reverse_time;    /* 1: the reverse-time form also where the optimizer has no state */
     size_t rows_at_once; /* test rows in one pass over the run; 0: as many as the memory allows */
-    /* In parts: passes of a long job that take about so long, by the plan's estimate, so that finished parts survive a
-     * cancel. Not shorter than repeats the examples' gradients for a tenth of the time; 0: one pass where the memory
-     * allows it. */
+    /* For decomposing in parts: a long job is cut into passes that take about this many seconds by the plan's estimate, so
+     * that finished parts survive a cancel; but not into so many that repeating the examples' gradients takes more than a
+     * tenth of the time. 0: one pass, if the memory allows it. */
     double pass_seconds;
     const struct pk__approximation
         *approximation; /* private: another rule in place of the exact one (steps.h) */
 } pk_decompose_options;
 
-/* rows x outputs x (examples or groups) x steps x layers, those that axes names, C order. */
+/* A result: rows x outputs x (examples or groups) x steps x layers, with the axes that `axes` names, in C order. */
 typedef struct pk_tensor {
     unsigned axes;
     int rank;
@@ -2492,13 +2516,14 @@ typedef struct pk_decomposition {
      * tolerance allows it to be), above 1 where the result is PK_NOT_CLOSED, and the row and output where that is. */
     double worst_closure, worst_relative, worst_excess;
     size_t worst_row, worst_output;
-    /* With bounds: the cells (row and output) whose closure was more than their bounds add up to, beyond its rounding, so
-     * that the bounds were raised to add up to it. */
+    /* With bounds: the number of cells (row and output) whose closure exceeded the sum of their bounds by more than
+     * rounding. Their bounds were raised until the sum was reached. */
     size_t raised;
-    /* The step with the worst closure of its own. */
+    /* The step whose own closure is the worst. */
     double worst_step_closure;
     size_t worst_step, worst_step_row;
-    /* The largest |unattributed| / max(1, |final|) and where; what it may be; the largest output or contribution of all. */
+    /* The largest |unattributed| / max(1, |final|) and where it occurs; its limit; the largest output or contribution of
+     * all rows. */
     double worst_unattributed, unattributed_limit, scale;
     size_t worst_unattributed_row, worst_unattributed_output;
     /* What it took: */
@@ -2507,16 +2532,17 @@ typedef struct pk_decomposition {
     size_t refused; /* pieces accepted although they missed their target */
     size_t passes;
     double flops; /* of the contraction */
-    /* Thread-seconds: reading and updates; gradients of the examples; the test side: forward along the steps, kinks, nodes,
-     * reverse, recurrences of reverse time; the sums over the nodes and, of all that follows, the contraction. */
+    /* Seconds added up over threads: for reading and updates; for the examples' gradients; for the test side (forward along
+     * the steps, kinks, nodes, reverse, the recurrence of reverse time); for the sums over the nodes; for the products with
+     * the examples. */
     double seconds_read, seconds_examples, seconds_test, seconds_sums, seconds_contraction, seconds;
 } pk_decomposition;
 
 /* Gives the arrays back; a zeroed decomposition is allowed. */
 PK_API void pk_decomposition_release(pk_context *context, pk_decomposition *decomposition);
 
-/* indices (at most wanted) of the largest values if sign > 0, the smallest if sign < 0, strongest first, and
- * only those of that sign; returns how many. Ties by index. Cost count * wanted. */
+/* Sets `indices` to those of the largest values (sign > 0) or the smallest (sign < 0), at most `wanted`, strongest first,
+ * and only values of that sign; returns how many. Ties go to the lower index. Costs count * wanted. */
 PK_API size_t pk_strongest(const double *values, size_t count, int sign, size_t wanted, size_t *indices);
 
 PK__END_C
@@ -2524,40 +2550,42 @@ PK__END_C
 /* pathkernel/attribution/steps.h: the train side of an attribution: windows of consecutive steps of a run with their
  * weights, the gradients of their examples, and their updates, recomputed and in linear form.
  *
- * A window is prepared as a whole, in parallel over steps and blocks of examples; its length never shows in
- * the results. An optimiser with state is followed forward once, its state kept at the start of every stride-th
- * window; on the way back to a window between, spare more states are kept where they save most (run/revisit.h), so that any
- * number of steps can be visited in reverse with few states.
+ * A window is prepared as a whole, in parallel over steps and blocks of examples; the results do not depend on its length.
+ * An optimizer with a state is followed forward once, and its state is saved at the start of every stride-th window. On
+ * the way back to a window between two of these, up to `spare` more states are saved where they avoid most of the repeated
+ * work (run/revisit.h). A few states are thus enough to visit any number of steps in reverse.
  */
 
 /* pathkernel/attribution/plan.h: how a decomposition is cut into passes over the run so that it fits the memory limit: the job,
  * its memory, what a plan costs, the choice. sweep.h carries it out.
  *
  * A pass goes through all steps with some of the test rows and some of the outputs; windows of steps are prepared
- * before it. No cut shows in the results: blocks of rows, units of outputs and the order of sums depend on shapes
- * alone. What a cut costs:
- *   - each pass reads the run and computes the examples' gradients and the updates again;
- *   - states of the optimiser that were not kept are computed again from those that were (steps.h);
- *   - each slice of the outputs takes the test rows along the path again, because their nodes are judged by all
- *     outputs, and, where the optimiser has no state, contracts them again;
- *   - few blocks of rows and short windows leave threads idle.
+ * before it. The results do not depend on the plan: blocks of rows, units of outputs and the order of sums follow from
+ * shapes alone. What a cut costs:
+ *   - each pass reads the run again and recomputes the examples' gradients and the updates;
+ *   - states of the optimizer that were not saved are recomputed from saved ones (steps.h);
+ *   - each slice of the outputs passes the test rows along the path again, because quadrature nodes are chosen for all
+ *     outputs together; where the optimizer has no state, their products with the examples are repeated, too;
+ *   - with few blocks of rows or short windows some threads have nothing to do.
  */
 PK__BEGIN_C
 
 typedef struct pk_plan {
     size_t threads;
-    size_t rows, outputs; /* at most, of a pass; all of them where the memory allows it */
+    size_t rows, outputs; /* the most that one pass has; all, where the memory suffices */
     size_t passes;
     size_t window; /* steps prepared at a time */
     size_t stride,
-        spare;    /* the optimiser's state is kept before every stride-th window, and spare more between */
-    size_t bytes; /* to be held at most, results (in parts: of a part) included */
+        spare; /* the optimizer's state is saved before every stride-th window, and `spare` more between two of these */
+    /* the most memory that is held at one time, including the results (in parts: those of one part) */
+    size_t bytes;
     /* All passes together: */
-    double sweeps;       /* times that the examples' gradients of the whole run are computed; 1 at best */
+    double sweeps;       /* how often the gradients of all examples of the run are computed; 1 at best */
     double weight_bytes; /* read, of the recorded weights */
     double gradient_flops, contraction_flops;
-    /* An estimate, at 35 GF/s a thread: all of it; the examples' side once, and what is computed again of it; the test
-     * rows' way along the path, with the optimiser's state; their contraction. */
+    /* Estimated seconds at 35 GF/s a thread: in total; for computing the examples' side once; for the parts of it that are
+     * recomputed; for taking the test rows along the path, including the optimizer's state; for the products of test rows
+     * and examples. */
     double seconds, seconds_examples, seconds_again, seconds_test, seconds_contraction;
 } pk_plan;
 
@@ -2601,8 +2629,8 @@ PK__END_C
 /* pathkernel/attribution/materialized.h: what a step contributes through the layers whose Phi is formed: in reverse time all of
  * them, else those where that costs less than the products point by point.
  *
- * Row after row, layer after layer, part after part: Phi, or in reverse time E (recurrence.h), times the factors of the step's
- * examples, added to the row's tiles; these go to the results when a row, or a layer of it, is complete.
+ * For each row, layer and part, Phi or (in reverse time) E (recurrence.h) is multiplied with the factors of the step's
+ * examples and added to the row's tiles. These are added to the results when a row, or one layer of it, is complete.
  */
 
 /* pathkernel/attribution/sweep.h: the loop. One sweep goes through all steps of the run with some of the test rows and some of the
@@ -2630,7 +2658,7 @@ PK__END_C
  *
  * (Domingos 2020; Bell et al. 2023, the exact path kernel.) With D_s = w_{s+1} - w_s and
  * Phi_s(x) = integral_0^1 grad_w h(f(w_s + t D_s, x)) dt, the left side is initial + sum_s Phi_s D_s. An
- * optimiser makes D_s linear in the examples' gradients g_i (optimizer.h: pk_linear_form), so that
+ * optimizer makes D_s linear in the examples' gradients g_i (optimizer.h: pk_linear_form), so that
  *
  *     A(x, i) = - sum_s scale_s c_{s,i} < E_s(x), g_{s,i} >,
  *     E_s = gain_s R_s + direct_s p_s o Phi_s,   R_s = carry_{s+1} R_{s+1} + enter_s p_s o Phi_s,   R_S = 0:
@@ -2677,11 +2705,12 @@ PK_API PK__MUST_USE pk_status pk_decompose_plan(pk_context *context, const pk_ru
 
 PK__END_C
 
-/* pathkernel/attribution/compare.h: how well cheaper rules stand for the exact decomposition, on a recorded run and inputs of
- * one's own: what each leaves of the change of the outputs, and whether it orders the training examples as the exact one does.
+/* pathkernel/attribution/compare.h: how well cheaper rules approximate the exact decomposition of a recorded run on given
+ * inputs: how much of the change of the outputs each of them misses, and whether it ranks the training examples as the
+ * exact one does.
  *
  * A decomposition takes the derivatives J = df/dw of the test rows along each step, and the gradients J' dl/df of the examples at
- * w_s. Other rules take them elsewhere. With w_s(t) = w_s + t D_s and an optimiser without state, of learning rate eta,
+ * w_s. Other rules take them elsewhere. With w_s(t) = w_s + t D_s and an optimizer without state, of learning rate eta,
  *
  *     left            < J(w_s, x),    J(w_s, x_i)'    dl/df(w_s) >                     (TracIn of every step)
  *     segment         integral over t of < J(w_s(t), x), J(w_s(t), x_i)' dl/df(w_s) >
@@ -2694,39 +2723,40 @@ PK__END_C
  *     telescoping     < J(w_s, x), D_s >, which is not divided among examples
  *     exact           integral over t of < J(w_s(t), x), J(w_s, x_i)' dl/df(w_s) >     (pk_decompose)
  *
- * each times - eta_s c_{s,i} (but for telescoping) and summed over the steps. For the other optimisers see pk_compare.
+ * each times - eta_s c_{s,i} (but for telescoping) and summed over the steps. For the other optimizers see pk_compare.
  */
 PK__BEGIN_C
 
 enum { PK_COMPARE_RULES = 10 };
 
 typedef struct pk_comparison {
-    const char *rule; /* its name in the list above; lives for ever */
-    /* |f_S - f_0 - sum|, the largest and the median of all rows and outputs: sum is of the contributions of the examples, of decay
-     * and of what is unattributed. */
+    const char *rule; /* its name in the list above, a string constant */
+    /* The largest and the median of |f_S - f_0 - sum| over all rows and outputs. The sum is that of the contributions of
+     * the examples, of decay and of the unattributed part. */
     double residual_max, residual_median;
     /* Spearman's rank correlation of the contributions to one row and output, over all N training examples, with the exact ones,
      * equal ones having the mean of their ranks; averaged over the rows and outputs. Where the exact contributions are all equal
      * there is no order to be found, and the row and output are left out; where only the rule's are, the correlation is 0. NAN:
      * there is none (telescoping; or all rows and outputs are left out, as with one training example). */
     double spearman;
-    double
-        seconds; /* of all decompositions that the rule needs, those that it shares with another one included */
+    /* for all decompositions that the rule needs, including those that it shares with other rules */
+    double seconds;
 } pk_comparison;
 
 /* Compares the ten rules in the order of the list above for all outputs f(w_S, inputs) of a run; inputs: rows x input width.
  *
- * Each goes by the optimiser's linear form D_s = sum_i D_{s,i} + decay + u_s, the one of pk_decompose: momenta, Adam's divisors,
+ * Each uses the optimizer's linear form D_s = sum_i D_{s,i} + decay + u_s, the one of pk_decompose: momenta, Adam's
+ * divisors,
  * groups, clipping, decay and the unattributed u_s are those of the run. Their inner products with J give the rule's sum. Where a
  * rule moves the examples' gradients to w_s(t), a step takes all earlier gradients that its momentum holds, those of w_{s'}, at
  * w_{s'}(t) with the same t; decay takes w_s as it was. checkpoints takes J of the test rows in the steps floor(k S / 10), k = 0
  * .. 9, only (in all of them where there are at most ten); the gradients of all steps that these steps' momenta hold count.
  *
  * The two integrals over t are Clenshaw-Curtis sums with 3, 5, 9, 17, 33 points, of each row until the contributions to it differ
- * from those of the sum before by at most 1e-10 (float: 1e-5) of the largest. Contributions of networks with kinks jump in t, where
- * no number of points brings that about: small runs (where it takes at most 1e10 flops) then have a trapezoid sum of up to 512 equal
- * parts, at least 64, which may be off by 1 / 1024, or 1 / 128, of each jump; others stay with the 33 points and are off by at most a
- * twentieth of each. Errors of the steps cancel in part.
+ * from those of the sum before by at most 1e-10 (float: 1e-5) of the largest. Contributions of networks or losses with kinks jump
+ * in t, where no number of points brings that about: small runs (where it takes at most 1e10 flops) then have a trapezoid sum of up
+ * to 512 equal parts, at least 64, which may be off by 1 / 1024, or 1 / 128, of each jump; others stay with the 33 points and are off
+ * by at most a twentieth of each. Errors of the steps cancel in part.
  *
  * PK_NOT_CLOSED and PK_UNATTRIBUTED as pk_decompose, for the exact rule; the rules are filled in then. After all others they are
  * not. Same bits for any number of threads and any memory limit, but for the seconds. Cost: about 8 decompositions, and for each
@@ -2783,7 +2813,7 @@ PK_API PK__MUST_USE pk_status pk_decompose_reference_average(pk_context *context
 
 PK__END_C
 
-/* pathkernel/attribution/walk.h: a run's optimiser followed step by step from the start: the linear form of each step, for
+/* pathkernel/attribution/walk.h: a run's optimizer followed step by step from the start: the linear form of each step, for
  * analyses that go forward through a run and hold one step at a time.
  */
 
@@ -2800,9 +2830,9 @@ PK__END_C
  * the test side is integrated along the step, as in the exact path kernel, so that this is the network and no
  * approximation of it, at every step and for every row. (With J(w_s, x) in place of the integral it is that of the paper.)
  *
- * An optimiser with a state makes D_s a linear function of all gradients so far (optimizer.h, pk_linear_form). Its momentum
- * is then linear in y, too: one vector of P numbers for each target, carried along. Weight decay, a state that the optimiser
- * begins with, and what steps differ by from the declared training, do not depend on y: they go into c.
+ * An optimizer with a state makes D_s a linear function of all gradients so far (optimizer.h, pk_linear_form). Its momentum
+ * is then linear in y, too: one vector of P numbers for each target, carried along. Weight decay, and what steps differ
+ * by from the declared training, do not depend on y: they go into c.
  */
 PK__BEGIN_C
 
@@ -2836,7 +2866,7 @@ typedef struct pk_smoother {
     double seconds;
 } pk_smoother;
 
-/* The smoother of a run with the loss squared or mean_squared, under any optimiser. inputs: M x D test rows, or no data: M = 0.
+/* The smoother of a run with the loss squared or mean_squared, under any optimizer. inputs: M x D test rows, or no data: M = 0.
  * *out is zeroed first; release it also after PK_NOT_CLOSED (computed, but the residual exceeds the tolerance; not where
  * first_order is set) and PK_UNATTRIBUTED (computed, but the recorded weights are not those of the declared training).
  * Cost a step: the Jacobians of the batch, those of all rows at the quadrature's nodes, and about
@@ -2871,7 +2901,7 @@ PK__END_C
  *     moves infinitely fast; it is counted in `unresolved`, as are several kinks at one place that move differently, and
  *     the closure says what that costs;
  *   - networks with smooth parts below kinks: as well as the kinks are found, which the closure measures.
- * An optimiser with a state runs in reverse time, as in decompose.h, with D rows in place of the outputs.
+ * An optimizer with a state runs in reverse time, as in decompose.h, with D rows in place of the outputs.
  *
  * The singular values of S say in how many directions of the input the attribution moves. (A published signal dimension,
  * OpenReview gZRfDWLlGY, leaves out the derivative of Phi.)
@@ -2999,6 +3029,11 @@ PK_API pk_kernel_outputs pk_kernel_outputs_find(const char *name);
 /* none, cosine, center. find: -1: there is none. */
 PK_API const char *pk_kernel_map_name(pk_kernel_map map);
 PK_API int pk_kernel_map_find(const char *name);
+
+/* The rule of a kernel: "auto", "left", "gauss:N" (N up to PK_KERNEL_GAUSS_NODES), "midpoint:N", "trapezoid", the two ends of a
+ * step, or "trapezoid:N". PK_FORMAT lists them, each with the numbers that it takes; *quadrature is untouched then. */
+PK_API PK__MUST_USE pk_status pk_kernel_rule_parse(pk_context *context, const char *text,
+                                                   pk_quadrature *quadrature);
 
 /* left, right: rows with or without targets (targets.type == 0); NULL: the training rows of the run. left == right, also
  * both NULL: the same rows, symmetric bit for bit (but tracin, whose right side is weighted). Targets are classes (N,)
@@ -3141,7 +3176,8 @@ PK__END_C
  * 1 for a row inside the span, 0 for one across it. A low energy is novelty. What a step of training changes of an output at
  * x lies in that span for the tangent kernel of that step (OpenReview gZRfDWLlGY).
  *
- * Any kernel serves: its Gram at one step, summed over steps, of one layer, by pk_kernel_ntk_trace or read from a file.
+ * Any kernel serves: its Gram at one step, summed over steps, of one layer, by pk_kernel_ntk_trace or read from a file;
+ * pk_kernel_novelty does it for a kernel of a run, at each step and for each layer that is asked for.
  */
 PK__BEGIN_C
 
@@ -3166,6 +3202,18 @@ PK_API PK__MUST_USE pk_status pk_novelty(pk_context *context, size_t n, const do
                                          const double *cross, const double *diagonal,
                                          const pk_novelty_options *options, double *energies,
                                          pk_novelty_report *report);
+
+/* The same for the rows of `rows` (M of them) against the training rows of a run, by a kernel of family.h: a product of features
+ * for each step and layer. options: as of pk_kernels, with a number for each pair of rows (outputs not full), without a map;
+ * several steps of a kernel at a step, and by_layer, are matrices of their own. PK_OUTPUTS_LABEL and the kernels of losses need
+ * the rows' targets. energies: [steps x] [layers x] M; reports: one for each step and layer, or NULL.
+ * Memory: the matrices of training rows with training rows and of the rows with them, for all steps and layers.
+ * Statuses of pk_kernels and pk_novelty; PK_ARGUMENT for outputs full, a map, and tracin, unless unweighted: its two sides have
+ * different features. */
+PK_API PK__MUST_USE pk_status pk_kernel_novelty(pk_context *context, const pk_run *run, const pk_dataset *rows,
+                                                const pk_kernel_options *options,
+                                                const pk_novelty_options *novelty, double *energies,
+                                                pk_novelty_report *reports);
 
 /* The area under the ROC curve: the probability that a number of `high` is above one of `low`, ties counting half. NAN where
  * either is empty or holds a NaN. Cost O(n log n). PK_MEMORY, PK_MEMORY_LIMIT, PK_OVERFLOW; PK_ARGUMENT for NULL. */
@@ -3449,6 +3497,9 @@ typedef struct pk__tape {
      * slopes over the stretch then, in a reverse or tangent pass; NULL: the slopes at the row. */
     const size_t *from, *to;
     pk_real *mean; /* the caller's room for that: pk__mean_numbers */
+    /* Of each row, where not NULL: a tangent pass with mean slopes raises it to how far the values that have kinks in the stretch
+     * are from the mean of those at its ends, in the norm, relative to all values of the node at the row. */
+    pk_real *gap;
     pk_real **value, **cotangent, **tangent;
     pk_real *scratch, *line_scratch, *row_weights;
     const pk_real *
@@ -3534,6 +3585,10 @@ typedef struct pk__piece {
     unsigned char order, nested,
         accepted; /* its nodes; how they are judged; whether they are part of the result */
     unsigned char unsplit; /* its kinks have not been looked for: each node has the mean slopes of its stretch */
+    /* Then: at least so many switch functions have another sign at its end; how far the mean inputs of layers by two rules are
+     * apart, relative to their size. */
+    size_t kinks;
+    double inputs_apart;
 } pk__piece;
 
 typedef struct pk__pieces {
@@ -3567,6 +3622,7 @@ typedef struct pk__path {
     size_t *point_row;
     pk_real *point_t;
     size_t *from, *to; /* of points with mean slopes: the points at the ends of their stretches */
+    pk_real *gap;      /* of the same, after pk__path_tangent: pk__tape.gap */
     size_t held; /* the number of points whose values are in the tape: held_row, held_t */
     size_t *held_row;
     pk_real *held_t;
@@ -3598,6 +3654,8 @@ PK__INTERNAL void pk__path_tangent(pk__path *segment, size_t first, size_t count
 /* The same along a direction in which about half of the layers have the step's direction with the other sign. */
 PK__INTERNAL void pk__path_probe(pk__path *segment, size_t first, size_t count, const size_t *row,
                                  const pk_real *t);
+/* How many switch functions have other signs at point b of the tape than at point a. */
+PK__INTERNAL size_t pk__path_sign_changes(pk__path *segment, size_t a, size_t b);
 /* Makes the points `count` nodes and, behind them, the ends from[p] and to[p] of their stretches: point_row and point_t, and where
  * the ends stand. A node whose ends are equal has slopes of its own. There must be room for three times `count` points. Returns
  * the number of points. */
@@ -3646,6 +3704,8 @@ typedef struct pk__row_order {
 } pk__row_order;
 
 enum { PK__FIRST_NODES = 2 };
+/* A step whose kinks are not looked for has so many parts at most, each with so many nodes. */
+enum { PK__WHOLE_PARTS = 8, PK__WHOLE_NODES = 16, PK__PROJECTIONS = 2 };
 
 /* What is known of a row along the run, step after step. */
 typedef struct pk__row_state {
@@ -3655,9 +3715,9 @@ typedef struct pk__row_state {
     size_t halvings;      /* of its pieces in this step */
     pk__row_order order;  /* at first PK__FIRST_NODES */
     unsigned char nested; /* pieces are judged by a nested rule at first */
-    /* Whole steps: the nodes that the next one starts with (0: 1); for so many steps none is tried; the number of the
-     * last ones that failed, up to a few. */
-    unsigned char whole_nodes, whole_wait, whole_failed;
+    /* Of steps whose kinks are not looked for: the nodes that each part of the next one starts with (0: 1), and log2 of the number
+     * of parts; so many steps are not tried; the number of the last ones that failed, up to a few. */
+    unsigned char whole_nodes, whole_depth, whole_wait, whole_failed;
 } pk__row_state;
 
 /* Where the integration of a step stands: what is found out next, when all points that are known have been handed over. */
@@ -3705,7 +3765,9 @@ typedef struct pk__integrator {
     /* h at both ends of the step (rows x 2 x readouts), of the rows where it has been measured: */
     pk_real *ends;
     unsigned char *has_ends;
-    pk_real *whole_sums; /* of the last rule that was tested on whole steps: rows x 2 x readouts, along the step and the probe */
+    /* Of the last rule that was tested on each of `pieces`, where kinks are not looked for: PK__WHOLE_PARTS rows x (2 x readouts,
+     * along the step and along the probe; PK__PROJECTIONS x layers, of the layers' mean inputs). */
+    pk_real *whole_sums;
     pk_real *slope, *h; /* room for one readout, and five h */
     /* Counted over the steps since the caller zeroed them: */
     size_t points_last; /* points of the last step: the cost model's guess for the next one */
@@ -3729,15 +3791,16 @@ PK__INTERNAL const pk_real *pk__integrator_ends(pk__integrator *integrator);
 
 /* pathkernel/features/factors.h: internals */
 /* What decides how the gradients of a layer that is used at several places (a convolution, a dense layer on tokens) are
- * represented: as one outer product for each place, or by rows, materialised. */
+ * represented: as one outer product for each place, or materialized number by number ("by rows"). */
 typedef struct pk__representation {
-    size_t outputs, batch; /* that a test row and a step have */
-    int materialised; /* Phi is needed as a whole: stateful optimisers, bounds, or because the caller says so */
-    int factored;     /* else: never materialise where that can be avoided */
-    int known_data; /* what the network's inputs are multiplied with is known: examples' inputs are not needed as factors */
+    size_t outputs, batch; /* the outputs of a test row; the examples of a step */
+    int materialized; /* Phi is needed as a whole: stateful optimizers, bounds, or because the caller says so */
+    int factored;     /* otherwise: do not materialize unless it is unavoidable */
+    /* the products of the network's inputs with the examples' are known, so that the latter are not needed as factors */
+    int known_data;
 } pk__representation;
 
-/* 1: gradients of the examples are materialised for the node's weights. Where Phi is, too, that costs fewest flops, as
+/* 1: gradients of the examples are materialized for the node's weights. Where Phi is, too, that costs fewest flops, as
  * long as a step's gradients fit into 256 MiB; else by flops a row and step with five points, where a Hadamard product
  * of one number counts as 8. */
 PK__INTERNAL int pk__layer_by_rows(const pk__representation *representation, const pk_node *node);
@@ -3750,6 +3813,8 @@ typedef struct pk__examples {
     size_t count, ld;
     const int64_t *items;
     int consecutive; /* items[b] == items[0] + b */
+    const pk_array *recorded; /* dl/df of the items, from the row recorded_row on; NULL: the criterion gives it */
+    size_t recorded_row;
     pk_real **input, **cotangent, **rows;
 } pk__examples;
 
@@ -3768,18 +3833,20 @@ PK__INTERNAL void pk__examples_perturb(size_t count, const pk_real *weights, pk_
  * they depend on relative changes of the weights. pk__rounding_allowance times to then holds what rounding leaves of the
  * gradients, also where a loss is nearly zero or terms cancel on the way back. */
 PK__INTERNAL void pk__examples_magnitude(const pk__examples *from, const pk_graph *graph, pk__examples *to);
-/* sum (graph->spread) += sum over the examples of their gradients, of each use of a tensor. */
+/* sum (graph->spread) += the sum of the examples' gradients, separately for each use of a tied tensor. */
 PK__INTERNAL void pk__examples_sum(const pk__examples *examples, const pk_graph *graph, pk_real *sum);
 /* The rounding allowance of a gradient, relative to its size: c eps, c = 16 nodes + 2 sum over layers (inputs + outputs). */
 PK__INTERNAL double pk__rounding_allowance(const pk_graph *graph);
-/* Memory of one thread to fill examples, at most rows <= PK__EXAMPLE_BLOCK at a time. */
+/* Memory with which one thread fills examples, at most `rows` <= PK__EXAMPLE_BLOCK at a time. */
 typedef struct pk__example_workspace {
     pk__tape tape;
     pk_real *inputs, *targets, *row_gradients;
 } pk__example_workspace;
 PK__INTERNAL void pk__example_workspace_take(pk__arena *arena, const pk_graph *graph, size_t rows,
                                              pk__example_workspace *workspace);
-PK__INTERNAL void pk__examples_begin(pk__examples *examples, const pk_batch *batch);
+/* recorded: the derivatives of the items' losses by the outputs, from `row` on; NULL: the criterion gives them. */
+PK__INTERNAL void pk__examples_begin(pk__examples *examples, const pk_batch *batch, const pk_array *recorded,
+                                     size_t row);
 /* Fills the columns first .. first + PK__EXAMPLE_BLOCK - 1, as far as there are any, with gradients of
  * c_b l_b at the weights; gradient (graph->spread, may be NULL) += their sum, and weights are as many. Cost about 6 P flops an example. */
 PK__INTERNAL void pk__examples_fill(pk__examples *examples, const pk_graph *graph,
@@ -3832,7 +3899,7 @@ PK__INTERNAL pk_status pk__gram_compute(pk_context *context, const pk__gram_requ
                                         const pk__gram_rows_of *left, const pk__gram_rows_of *right);
 
 /* pathkernel/features/layers.h: internals */
-/* What changes along a step. */
+/* What changes along a step, of a layer's input and its cotangent. */
 typedef enum pk__layer_kind {
     PK__LAYER_DATA,   /* the cotangent alone */
     PK__LAYER_LINEAR, /* the input alone */
@@ -3844,11 +3911,11 @@ typedef enum pk__layer_kind {
  * outputs); or as outputs x weights for PK__LAYER_ROWS. */
 typedef struct pk__layer_integral {
     const pk_node *node;
-    const pk_node *
-        last; /* of a layer that only an elementwise operation separates from the last one: that one; else NULL */
+    /* the last layer, if only an elementwise operation is between it and this one; else NULL */
+    const pk_node *last;
     pk__layer_kind kind;
-    unsigned char integrated;      /* this step: Phi is wanted */
-    unsigned char outputs_outside; /* this step: the outputs are taken out of the sum over points */
+    unsigned char integrated;      /* in this step Phi is computed */
+    unsigned char outputs_outside; /* in this step the outputs are taken out of the sum over points */
     pk_real *delta;                /* DATA: rows x outputs x out, integrated; LINEAR: the constant cotangent */
     pk_real *input;                /* LINEAR: rows x in, integrated */
     pk_real *phi;                  /* POINTS and ROWS: rows x output_capacity x weights */
@@ -3865,7 +3932,8 @@ typedef struct pk__integral_step {
     size_t first_row, rows;                    /* of the block, among the test rows */
     const pk_real *inputs;                     /* of the rows */
     pk_engine engine;
-    size_t examples; /* that Phi will be multiplied with, for the cost model; 0: not known */
+    /* the number of examples that Phi will be multiplied with, for the cost model; 0: unknown */
+    size_t examples;
 } pk__integral_step;
 
 /* The integral of one block of rows along one step; one a thread. */
@@ -3873,8 +3941,8 @@ typedef struct pk__integral {
     const pk_graph *graph;
     pk__integrator integrator;
     size_t outputs, rows, row_capacity, reverse_points;
-    /* Phi can be read of the outputs first_output .. first_output + output_count - 1, at most output_capacity of them,
-     * the caller's choice before a step: whole groups of `unit`, which are materialized together whatever is chosen. */
+    /* Phi is computed for the outputs [first_output, first_output + output_count), at most output_capacity of them, set by
+     * the caller before each step. They are whole groups of `unit` outputs, and a group is always materialized together. */
     size_t unit, first_output, output_count, output_capacity;
     int bounds;
     pk__layer_integral *layer;                 /* of each layer */
@@ -3882,31 +3950,34 @@ typedef struct pk__integral {
     const pk_real *directions[PK__DIRECTIONS]; /* of the step */
     pk_real *along[PK__DIRECTIONS];            /* rows x outputs: < Phi, direction > */
     pk_real *weight_sum;                       /* rows */
-    unsigned char *begun;                      /* rows: whether the step has had points of it */
-    pk__points sorted, part; /* points of the quadrature, row by row; those that are reversed together */
-    const pk__points *batch; /* what part is of; NULL: the next batch comes first */
-    size_t taken;            /* points of the batch that have been in a part */
+    unsigned char *begun; /* rows: whether points of the row have been added in this step */
+    pk__points sorted,
+        part; /* the points of the quadrature, sorted by row; the part of them that is reversed together */
+    const pk__points *batch; /* the batch that `part` belongs to; NULL: the next batch has to be asked for */
+    size_t taken;            /* points of the batch that were in a part already */
     pk_real *scratch, *weighted, *absolute;
-    size_t place_points; /* layers used at several places: factors that are in memory together */
-    pk_real *places;     /* room for them: inputs, then cotangents */
-    double seconds;      /* of the sums over points */
+    /* for layers used at several places: the number of points whose factors are in memory together */
+    size_t place_points;
+    pk_real *places; /* memory for these factors: inputs, then cotangents */
+    double seconds;  /* of the sums over points */
 } pk__integral;
 
-/* There is room for Phi of every layer for `materialise` outputs at a time (rows x materialise x P numbers; 0: for none),
- * in groups of unit; with bounds, also a bound on its error, number by number (three times that). */
+/* Takes memory for Phi of every layer and `materialize` outputs (rows x materialize x P numbers; 0: none), in groups of
+ * `unit`; with bounds, three times as much, for a bound on the error of each number. */
 PK__INTERNAL void pk__integral_take(pk__arena *arena, const pk_graph *graph, const pk_readout *readout,
-                                    size_t rows, size_t materialise, size_t unit, int bounds,
+                                    size_t rows, size_t materialize, size_t unit, int bounds,
                                     const pk__representation *representation, pk__integral *integral);
-/* How many test rows make a block, from shapes alone. */
+/* The number of test rows in a block; it depends on shapes alone. */
 PK__INTERNAL size_t pk__integral_block(const pk_graph *graph, size_t outputs);
-/* How many outputs are materialized together, from shapes alone: their Phi is about a megabyte, or one output's. */
+/* The number of outputs that are materialized together; it depends on shapes alone. Their Phi takes about a megabyte, or it
+ * is that of one output. */
 PK__INTERNAL size_t pk__integral_unit(size_t outputs, size_t parameters);
 
 /* pathkernel/features/integral.h: internals */
-/* Starts with a step. */
+/* Starts a step. */
 PK__INTERNAL void pk__integral_begin(pk__integral *integral, const pk__integral_step *step);
-/* The next points, those of a row side by side, valid until the next call; 0 where there are no more. The last ones, perhaps
- * none, have `last` set. */
+/* Sets *points to the next points, those of a row side by side, which are valid until the next call; returns 0 after the
+ * last ones. The last points, which may be none, have `last` set. */
 PK__INTERNAL int pk__integral_next(pk__integral *integral, const pk__points **points);
 /* Values and cotangents of the network at the points. */
 PK__INTERNAL void pk__integral_pass(pk__integral *integral, const pk__points *points);
@@ -3924,42 +3995,43 @@ PK__INTERNAL void pk__integral_row_error(const pk__integral *integral, size_t la
                                          size_t count, pk_real *error);
 
 /* pathkernel/features/product.h: internals */
-/* From one row of a tile to the next: a panel more than a block of examples, so that rows fall on different cache sets. */
+/* The distance between the rows of a tile: one panel more than a block of examples, so that rows do not fall on the same
+ * cache sets. */
 enum { PK__TILE_LD = PK__EXAMPLE_BLOCK + PK_PANEL };
 
 /* The products of one block of rows; one a thread. */
 typedef struct pk__product {
     const pk__integral *integral; /* the test side */
-    const pk__examples *examples; /* the train side: the caller's, before a step */
-    const pk_real *gram;          /* rows x gram_ld: inputs times the training inputs, or NULL; the caller's */
+    const pk__examples *examples; /* the train side, set by the caller before a step */
+    /* rows x gram_ld: products of the rows' inputs with the training inputs, or NULL; set by the caller */
+    const pk_real *gram;
     size_t gram_ld;
-    size_t *due,
-        due_count; /* the layers whose products are taken with the points in memory, the last layer first */
-    pk_real *tile; /* rows x outputs x PK__TILE_LD */
+    size_t *due, due_count; /* the layers that are multiplied point by point, the last layer first */
+    pk_real *tile;          /* rows x outputs x PK__TILE_LD */
     pk_real *
         left; /* points or rows, x PK__TILE_LD: products of inputs, to be multiplied with those of cotangents */
     pk_real *ones;             /* points or rows */
     pk_real **weighted_inputs; /* of layers at points: points x in, times their weights */
-    /* Where rows of products go or come from: the cell of the tile, or the row of left, of a point's or row's output; that of
-     * the places of a layer that is used at several; one after another in a tile or a panel. */
+    /* Offsets of rows of products: of the cell in a tile, or the row in left, for each output of a point or row; for each
+     * place of a layer used at several places; of consecutive rows in a tile, and in a panel. */
     size_t *point_to, *cell_left, *place_to, *place_left, *tile_row, *panel_row, *pair_row;
     pk_real *place_start; /* the points' weights, place by place */
-    /* The layer below the last one, where its outputs are taken out of the sum over points: */
+    /* For the layer below the last one, where the outputs are taken out of the sum over points: */
     pk_real *last_weights; /* 1 + rows, x outputs x (out of W^T seed, out of D^T seed) */
     pk_real *slopes;       /* points x 2 out: w slope, w t slope */
-    size_t *unit_row;      /* rows x 2 out: the units that are on, as rows of a panel, twice */
+    size_t *unit_row;      /* rows x 2 out: the units whose slope is not 0, as rows of a panel, twice */
     size_t *unit_count;    /* rows */
     pk_real *sums;         /* PK__SUMS_IN_HAND x PK__PAIR */
     double flops;          /* counted */
-    double seconds;        /* counted by the caller */
+    double seconds;        /* added up by the caller */
 } pk__product;
 
-/* factored: some layers are multiplied point by point. integral has its memory, or has been measured. */
+/* factored: some layers are multiplied point by point. pk__integral_take comes first. */
 PK__INTERNAL void pk__product_take(pk__arena *arena, const pk__integral *integral, int factored,
                                    pk__product *product);
-/* tile (outputs x columns, ld PK__TILE_LD) += < e_k, g_b > for the columns b = first .. first + columns - 1, first a multiple
- * of PK_PANEL, columns <= PK__EXAMPLE_BLOCK; e of `outputs` outputs laid out like phi of the layer. The columns that fill the
- * last panel are written, too. */
+/* tile (outputs x columns, ld PK__TILE_LD) += < e_k, g_b > for the columns b = first .. first + columns - 1, first a
+ * multiple of PK_PANEL, columns <= PK__EXAMPLE_BLOCK; e has `outputs` outputs in the layout of the layer's Phi. Columns
+ * that only fill the last panel are written, too. */
 PK__INTERNAL void pk__product_row(pk__product *product, size_t layer, size_t outputs, const pk_real *e,
                                   size_t first, size_t columns, pk_real *tile);
 
@@ -3972,22 +4044,25 @@ PK__INTERNAL void pk__tiles_layer(pk__product *product, size_t layer, const pk__
                                   size_t count, int fresh);
 
 /* pathkernel/attribution/steps.h: internals */
-/* A rule that is decomposed by in place of the exact one, for comparing them (compare.h): one point of each step, for the test
- * rows and for the examples. Zeroed: exact. The optimiser's linear form is that of the run, and so is what is unattributed,
- * D_s - its update. */
+/* A rule that replaces the exact one, so that rules can be compared (compare.h): it takes derivatives at one point of each
+ * step, for the test rows and for the examples. A zeroed structure means the exact rule. The optimizer's linear form and
+ * the unattributed part, D_s minus the update, are always those of the run. */
 typedef struct pk__approximation {
     /* J of the test rows is taken at w_s(at) = w_s + at D_s only, or at weights of their own, instead of along the step: */
     int at_one_point;
     double at;
     const pk_real *weights; /* graph->spread numbers, or NULL */
-    size_t chosen; /* in so many equally spaced steps, times steps / chosen; in the others it is 0. 0: all */
+    /* the rule uses only this many equally spaced steps, each with the factor steps / chosen; 0: all steps */
+    size_t chosen;
     /* df/dw of the examples is taken at w_s(examples_at) instead of w_s, dl/df too or at w_s: */
     int examples_move, seeds_stay;
     double examples_at;
-    size_t rows; /* the rows are some of so many, and are cut into blocks as those are; 0: they are all */
+    /* the number of rows of the whole job, of which these are some; blocks are cut as for all of them; 0: these are all
+     * rows */
+    size_t rows;
 } pk__approximation;
 
-/* Step number k of those that are chosen, and whether a step is one of them. */
+/* The k-th chosen step, and whether a given step is chosen. */
 PK__INTERNAL size_t pk__chosen_step(size_t steps, size_t chosen, size_t k);
 PK__INTERNAL int pk__is_chosen(size_t steps, size_t chosen, size_t step);
 
@@ -3995,12 +4070,13 @@ typedef struct pk__window {
     const pk_run *run;
     /* Of the run: */
     size_t parameters, largest_batch, state_vectors;
-    int preconditioned; /* each parameter is scaled on its own: by the optimiser, or since there are parameter groups */
-    int adaptive;  /* the optimiser's second moments scale it */
-    int decoupled; /* with groups: `decayed` is what their decoupled decay takes; else a part of the gradients */
-    size_t moments;    /* the state vector that recorded second moments take the place of */
-    size_t form_count; /* forms of a step: of tensors in no group, then of each group */
-    /* The caller's, after pk__steps_begin: */
+    int preconditioned; /* p_s differs between parameters: because of the optimizer, or because of parameter groups */
+    int adaptive;       /* the optimizer divides by second moments of its gradients */
+    int decoupled; /* with groups: `decayed` is their decoupled decay; else their decay is a part of the gradients */
+    size_t moments; /* the index of the state vector that recorded second moments replace */
+    /* linear forms of a step: that of the tensors outside all groups, then one for each group */
+    size_t form_count;
+    /* Set by the caller after pk__steps_begin: */
     pk__representation representation;
     const pk__approximation *approximation; /* or NULL */
     const pk_average *average;              /* of the weights, whose path the test rows take; or NULL */
@@ -4037,36 +4113,37 @@ typedef struct pk__window {
     pk__examples *examples, *magnitudes; /* magnitudes: see pk__examples_magnitude, or NULL */
     /* Private: */
     pk_real *gradient; /* count x partial_sums x spread; the first of a step becomes its whole gradient */
-    /* In parts of PK__STATE_PART parameters; with bounds, two more states behind the first: of perturbed gradients. Then the
-     * vectors of the average. */
+    /* In parts of PK__STATE_PART parameters. With bounds two more states follow the first: those of an optimizer that
+     * receives perturbed gradients. */
     pk_real *state, *update;
     pk__checkpoints checkpoints; /* of the state, by window */
     pk_real *perturbed;          /* spread + 2 P */
     pk_real *perturbed_weights;  /* with bounds: count x spread */
-    pk_real *moved_weights;      /* where the examples of an approximation move: count x spread */
-    size_t states;               /* 1, or 3: with optimisers whose gradients are perturbed */
-    size_t advanced;             /* windows gone through only for the state */
+    /* count x spread: the weights at which an approximation takes the examples' gradients, where these are not w_s */
+    pk_real *moved_weights;
+    size_t states;   /* 1, or 3 with the two states of perturbed gradients */
+    size_t advanced; /* windows that were computed again for the optimizer's state alone */
     pk__example_workspace *workspaces;
-    double *seconds; /* a thread's on examples */
+    double *seconds; /* of each thread, spent on examples */
     double seconds_read;
     pk_replay replay; /* of runs that keep only every k-th step */
 } pk__window;
 
-/* What of a run matters here: reads the batches' sizes. */
+/* Reads the batch sizes, which decide how much memory a window needs, and what the optimizer does. */
 PK__INTERNAL void pk__steps_begin(const pk_run *run, pk__window *window);
-/* Takes windows of up to capacity steps for threads threads. stride: keep the optimiser's state at the start of every
- * stride-th window and spare more between two of them, so that windows can be visited backwards; 0: do not. bounds: have
- * what bounds need. */
+/* Takes the memory for windows of up to `capacity` steps and for `threads` threads. With stride > 0 the optimizer's state
+ * is saved at the start of every stride-th window, and up to `spare` more states between two of these, so that windows can
+ * be visited backwards. bounds: also takes what bounds need. */
 PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t stride, size_t spare, size_t threads,
                                  int bounds, pk__window *window);
-/* Prepares the steps first .. first + count - 1, going on from the optimiser's state as it is. Cost about 8 P
- * flops an example. */
+/* Prepares the steps [first, first + count), starting from the optimizer's present state. Costs about 8 P flops for each
+ * example. */
 PK__INTERNAL PK__MUST_USE pk_status pk__steps_prepare(pk_context *context, pk__window *window, size_t first,
                                                       size_t count);
-/* Goes through the run once and keeps the states. */
+/* Goes through the run once and saves the states. */
 PK__INTERNAL PK__MUST_USE pk_status pk__steps_save_states(pk_context *context, pk__window *window);
-/* Prepares window number index (after pk__steps_save_states where the optimiser has a state): going on from the nearest
- * state that was kept. Cheap for the window before the one that was visited last, see pk__checkpoints_again. */
+/* Prepares window number index, starting from the nearest saved state (where the optimizer has a state, after
+ * pk__steps_save_states). This is cheap for the window before the last one that was visited, see pk__checkpoints_again. */
 PK__INTERNAL PK__MUST_USE pk_status pk__steps_visit(pk_context *context, pk__window *window, size_t index);
 
 /* pathkernel/kernels/pieces.h: internals */
@@ -8631,12 +8708,9 @@ PK__PRIVATE pk_status pk__dataset_check_targets(pk_context *context, const pk_da
     return pk__check_finite(context, "targets", targets);
 }
 
-PK_API pk_status pk_dataset_check(pk_context *context, const pk_dataset *dataset, size_t input_width,
-                                  size_t outputs)
+PK__PRIVATE pk_status pk__dataset_check_inputs(pk_context *context, const pk_dataset *dataset,
+                                               size_t input_width)
 {
-    pk_status status = pk__dataset_check_targets(context, dataset, outputs);
-    if (status)
-        return status;
     char has[200];
     const pk_array *inputs = &dataset->inputs;
     pk__shape_text(inputs, has, sizeof has);
@@ -8648,6 +8722,13 @@ PK_API pk_status pk_dataset_check(pk_context *context, const pk_dataset *dataset
     if (pk_array_items(inputs) && !inputs->data)
         return pk__fail(context, PK_ARGUMENT, "inputs %s: the data are NULL", has);
     return pk__check_finite(context, "inputs", inputs);
+}
+
+PK_API pk_status pk_dataset_check(pk_context *context, const pk_dataset *dataset, size_t input_width,
+                                  size_t outputs)
+{
+    pk_status status = pk__dataset_check_targets(context, dataset, outputs);
+    return status ? status : pk__dataset_check_inputs(context, dataset, input_width);
 }
 
 PK_API pk_status pk_dataset_rows(pk_context *context, const pk_dataset *dataset, size_t first, size_t count,
@@ -9904,7 +9985,7 @@ static pk_call pk__call_at(const pk__tape *tape, const pk_node *node, size_t row
 static const pk_real *pk__mean_slopes(const pk__tape *tape, const pk_node *node, size_t p)
 {
     const size_t width = node->width;
-    pk_real *slope = tape->mean, *ones = slope + width;
+    pk_real *slope = tape->mean, *rule = slope + width, *ones = rule + width; /* rule: the slopes at the start */
     pk_call a = pk__call_at(tape, node, tape->from[p], 1);
     const pk_call b = pk__call_at(tape, node, tape->to[p], 1);
     for (size_t j = 0; j < width; j++)
@@ -9912,6 +9993,7 @@ static const pk_real *pk__mean_slopes(const pk__tape *tape, const pk_node *node,
     a.in_tangent[0] = ones;
     a.out_tangent = slope;
     node->operation->tangent(&a);
+    memcpy(rule, slope, width * sizeof *rule);
     for (size_t j = 0; j < width; j++) {
         const double z_a = a.in[0][j], z_b = b.in[0][j], apart = z_b - z_a;
         const double beyond = pk__beyond_rule(a.out[j], b.out[j], slope[j] * apart,
@@ -9989,6 +10071,26 @@ PK__INTERNAL void pk__mean_reverse(const pk__tape *tape, const pk_call *call)
     }
 }
 
+/* Raises tape->gap of row p: kinked tells of each number of the node whether (not 0) it has kinks in the stretch, by how it differs
+ * from rule (NULL: 0). */
+static void pk__raise_gap(const pk__tape *tape, const pk_node *node, size_t p, const pk_real *kinked,
+                          const pk_real *rule)
+{
+    const size_t width = node->width;
+    const pk_real *value = tape->value[node - tape->graph->nodes], *y = value + p * width,
+                  *y_a = value + tape->from[p] * width, *y_b = value + tape->to[p] * width;
+    double gap = 0, size = 0;
+    for (size_t i = 0; i < width; i++) {
+        const double apart = kinked[i] != (rule ? rule[i] : 0) ? 0.5 * ((double)y_a[i] + y_b[i]) - y[i] : 0;
+        gap += apart * apart;
+        size += (double)y[i] * y[i];
+    }
+    if (gap > 0) {
+        const double ratio = sqrt(gap / size);
+        tape->gap[p] = ratio > tape->gap[p] ? (pk_real)ratio : tape->gap[p];
+    }
+}
+
 /* call->out_tangent = the mean slopes times call->in_tangent. */
 static void pk__mean_tangent(const pk__tape *tape, const pk_call *call)
 {
@@ -9998,12 +10100,16 @@ static void pk__mean_tangent(const pk__tape *tape, const pk_call *call)
         pk_real *to = call->out_tangent + p * width;
         if (node->operation->elementwise) {
             const pk_real *slope = pk__mean_slopes(tape, node, p);
+            if (tape->gap)
+                pk__raise_gap(tape, node, p, slope, slope + width);
             for (size_t j = 0; j < width; j++)
                 to[j] = call->in_tangent[0] ? slope[j] * call->in_tangent[0][p * width + j] : 0;
             continue;
         }
         const pk_real *part = pk__mean_parts(tape, node, p);
         pk_real *at_end = tape->mean + tape->graph->widest;
+        if (part && tape->gap)
+            pk__raise_gap(tape, node, p, part, NULL);
         for (int end = 0; end < (part ? 2 : 1); end++) {
             pk_call one = pk__call_at(tape, node, end ? tape->to[p] : tape->from[p], 1);
             for (int j = 0; j < node->input_count; j++)
@@ -10363,6 +10469,7 @@ PK__ELEMENTWISE(leaky_relu, x > 0 ? x : p[0] * x, x > 0 ? 1 : p[0], 0)
 PK__ELEMENTWISE(hard_tanh, x<-1 ? -1 : x> 1 ? 1 : x, x > -1 && x < 1 ? 1 : 0, 0)
 PK__ELEMENTWISE(abs, fabs(x), x > 0 ? 1 : x < 0 ? -1 : 0, 0)
 PK__ELEMENTWISE(scale, p[0] * x, p[0], 0)
+PK__ELEMENTWISE(above, x > p[0], 0, 0)
 PK__ELEMENTWISE_FAST(tanh, 1 - y * y, -2 * y * (1 - y * y))
 PK__ELEMENTWISE_FAST(sigmoid, y *(1 - y), y *(1 - y) * (1 - 2 * y))
 PK__ELEMENTWISE_FAST(softplus, pk__sigmoid(p[0] * x), p[0] * pk__sigmoid(p[0] * x) * pk__sigmoid(-p[0] * x))
@@ -10438,6 +10545,27 @@ static void pk__hard_sigmoid_switches(const pk_call *call)
     pk__two_switches(call, -3, 3);
 }
 
+/* above: 1 where x > C, and 0 elsewhere. It jumps, so that no path integral could close over it: it is for data alone. */
+static pk_status pk__above_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    if (graph->nodes[node->inputs[0]].varies)
+        return pk__fail(context, PK_UNSUPPORTED,
+                        "above compares data, before the first weights: a value that jumps while the weights "
+                        "change has no path integral");
+    return pk__same_shape(context, graph, node);
+}
+
+static void pk__above_switches(const pk_call *call)
+{
+    const size_t count = call->rows * call->node->width;
+    for (size_t i = 0; i < count; i++)
+        call->out[i] = (pk_real)(call->in[0][i] - call->node->attributes[PK_ACTIVATION_NUMBER]);
+}
+
+static const pk_option pk__above_option[] = {
+    {.name = "number", .kind = PK_OPTION_NUMBER, .position = 1, .least = -DBL_MAX, .most = DBL_MAX},
+    {.name = NULL},
+};
 static const pk_option pk__positive_option[] = {
     {.name = "number", .kind = PK_OPTION_NUMBER, .position = 1, .least = DBL_MIN, .most = DBL_MAX},
     {.name = NULL},
@@ -10489,6 +10617,19 @@ static const pk_operation pk__activation_operations[] = {
     PK__KINKED_OPERATION(relu6, NULL, 0, pk__two_switch_count, pk__relu6_switches),
     PK__KINKED_OPERATION(hard_sigmoid, NULL, 0, pk__two_switch_count, pk__hard_sigmoid_switches),
     PK__KINKED_OPERATION(abs, NULL, 0, pk__width_switches, pk__zero_switches),
+    {.name = "above",
+     .smoothness = PK_PIECEWISE_LINEAR,
+     .linear_in_weights = 1,
+     .options = pk__above_option,
+     .shape = pk__above_shape,
+     .scratch = pk__one_row_scratch,
+     .forward = pk__above_forward,
+     .tangent = pk__above_tangent,
+     .reverse = pk__above_reverse,
+     .switch_count = pk__width_switches,
+     .switches = pk__above_switches,
+     .elementwise = 1,
+     .curvature = pk__above_curvature},
     PK__SMOOTH_OPERATION(tanh, NULL, 0),
     PK__SMOOTH_OPERATION(sigmoid, NULL, 0),
     PK__SMOOTH_OPERATION(softplus, pk__positive_option, 1),
@@ -11988,32 +12129,51 @@ static pk_status pk__adaptive_shape(pk_context *context, const pk_graph *graph, 
 /* max_pool K [stride=K] [pad=0] [ceil_mode]: PyTorch's MaxPool2d; padding is never the maximum. */
 
 /* The number in its plane of a window's first maximum, or of its last NaN, as PyTorch's. */
-static size_t pk__window_maximum(const pk__windows *w, const pk_real *plane, size_t y, size_t x)
+static size_t pk__window_maximum(const pk__windows *w, const pk_real *plane, const pk__span *rows,
+                                 const pk__span *columns)
 {
-    const pk__span rows = pk__window_span(w, 0, y), columns = pk__window_span(w, 1, x);
-    size_t best = rows.low * w->width + columns.low;
-    for (size_t row = rows.low; row < rows.high; row++)
-        for (size_t at = row * w->width + columns.low; at < row * w->width + columns.high; at++)
+    size_t best = rows->low * w->width + columns->low;
+    for (size_t row = rows->low; row < rows->high; row++)
+        for (size_t at = row * w->width + columns->low; at < row * w->width + columns->high; at++)
             if (plane[at] > plane[best] || isnan(plane[at]))
                 best = at;
     return best;
-}
-
-/* The same for output number output of an image: its number in the image. */
-static size_t pk__pool_maximum(const pk__windows *w, const pk_real *image, size_t output)
-{
-    const size_t positions = w->rows * w->columns, plane = output / positions * w->height * w->width;
-    return plane + pk__window_maximum(w, image + plane, output % positions / w->columns, output % w->columns);
 }
 
 /* to[output] = from[the first maximum of the output's window in the input] */
 static void pk__pool_pick(const pk_call *call, const pk_real *from, pk_real *to)
 {
     const pk__windows w = pk__pool_windows(call->node);
+    const size_t plane = w.height * w.width, planes = call->rows * call->node->shape.dims[0];
     const pk_real *in = call->in[0];
-    for (size_t row = 0; row < call->rows; row++, in += call->in_width[0], from += call->in_width[0])
-        for (size_t output = 0; output < call->node->width; output++)
-            *to++ = from[pk__pool_maximum(&w, in, output)];
+    for (size_t i = 0; i < planes; i++, in += plane, from += plane)
+        for (size_t y = 0; y < w.rows; y++) {
+            const pk__span rows = pk__window_span(&w, 0, y);
+            for (size_t x = 0; x < w.columns; x++) {
+                const pk__span columns = pk__window_span(&w, 1, x);
+                *to++ = from[pk__window_maximum(&w, in, &rows, &columns)];
+            }
+        }
+}
+
+/* in_cotangent += out_cotangent at the maximum of each window of one row of inputs, for each copy. */
+static void pk__pool_return(const pk_call *call, const pk__windows *w, const pk_real *in,
+                            const pk_real *out_cotangent, pk_real *in_cotangent)
+{
+    const size_t plane = w->height * w->width, channels = call->node->shape.dims[0];
+    size_t output = 0;
+    for (size_t channel = 0; channel < channels; channel++)
+        for (size_t y = 0; y < w->rows; y++) {
+            const pk__span rows = pk__window_span(w, 0, y);
+            for (size_t x = 0; x < w->columns; x++, output++) {
+                const pk__span columns = pk__window_span(w, 1, x);
+                const size_t at =
+                    channel * plane + pk__window_maximum(w, in + channel * plane, &rows, &columns);
+                for (size_t copy = 0; copy < call->copies; copy++)
+                    in_cotangent[copy * call->in_width[0] + at] +=
+                        out_cotangent[copy * call->node->width + output];
+            }
+        }
 }
 
 static void pk__max_pool_reverse(const pk_call *call)
@@ -12023,11 +12183,8 @@ static void pk__max_pool_reverse(const pk_call *call)
     if (!call->accumulate[0])
         memset(call->in_cotangent[0], 0, call->rows * copies * in * sizeof(pk_real));
     for (size_t row = 0; row < call->rows; row++)
-        for (size_t output = 0; output < width; output++) {
-            const size_t at = pk__pool_maximum(&w, call->in[0] + row * in, output);
-            for (size_t copy = row * copies; copy < (row + 1) * copies; copy++)
-                call->in_cotangent[0][copy * in + at] += call->out_cotangent[copy * width + output];
-        }
+        pk__pool_return(call, &w, call->in[0] + row * in, call->out_cotangent + row * copies * width,
+                        call->in_cotangent[0] + row * copies * in);
 }
 
 /* Differences of the pairs of numbers that are in one window, each pair once: their number is pk__pool_pairs.
@@ -13159,19 +13316,31 @@ PK__BEGIN_CODE
 
 /* ---- embedding -------------------------------------------------------------------------------------- */
 
-/* y_i = w[x_i] for the tokens x_i of a row of data, w (tokens, width). */
+/* y_i = w[x_(first + i) + offset] for the tokens x of a row of data, w (tokens, width); zeros for the token `padding`. */
 static pk_status pk__embedding_shape(pk_context *context, const pk_graph *graph, pk_node *node)
 {
     const pk_node *input = &graph->nodes[node->inputs[0]];
     const size_t tokens = (size_t)node->attributes[PK_EMBEDDING_TOKENS],
                  width = (size_t)node->attributes[PK_EMBEDDING_WIDTH];
+    const double first = node->attributes[PK_EMBEDDING_FIRST], all = (double)input->width;
+    const double count =
+        node->attributes[PK_EMBEDDING_COUNT] != 0 ? node->attributes[PK_EMBEDDING_COUNT] : all - first;
     char text[PK_SHAPE_TEXT];
     if (node->inputs[0] != 0 || input->shape.rank != 1)
         return pk__fail(
             context, PK_SHAPE, "embedding takes the data, a row of whole numbers such as 'input 3', not %s%s",
             pk_shape_text(&input->shape, text), node->inputs[0] ? " values behind other layers" : "");
+    if (!(first + count <= all && count >= 1))
+        return pk__fail(context, PK_SHAPE,
+                        "embedding: a row of data has %g numbers, so tokens %g to %g are not all there", all,
+                        first, first + pk__max(count, 1) - 1);
+    if (node->attributes[PK_EMBEDDING_PADDING] > (double)tokens ||
+        node->attributes[PK_EMBEDDING_OFFSET] >= (double)tokens)
+        return pk__fail(context, PK_ARGUMENT, "embedding: padding is %g and offset %g; there are %zu tokens",
+                        node->attributes[PK_EMBEDDING_PADDING] - 1, node->attributes[PK_EMBEDDING_OFFSET],
+                        tokens);
     node->shape.rank = 2;
-    node->shape.dims[0] = input->width;
+    node->shape.dims[0] = (size_t)count;
     node->shape.dims[1] = width;
     if (!pk__multiply(tokens, width, &node->weight_count))
         return pk__fail(context, PK_OVERFLOW, "embedding: its weights overflow");
@@ -13181,24 +13350,38 @@ static pk_status pk__embedding_shape(pk_context *context, const pk_graph *graph,
 
 static pk_status pk__embedding_check(pk_context *context, const pk_node *node, size_t row, const pk_real *in)
 {
+    const double offset = node->attributes[PK_EMBEDDING_OFFSET];
+    const size_t first = (size_t)node->attributes[PK_EMBEDDING_FIRST];
     pk_status status = PK_OK;
-    for (size_t i = 0; i < node->shape.dims[0] && !status; i++)
-        status = pk__check_token(context, "embedding", row, i, in[i], node->attributes[PK_EMBEDDING_TOKENS]);
+    for (size_t i = first; i < first + node->shape.dims[0] && !status; i++)
+        status = pk__check_token(context, "embedding", row, i, in[i],
+                                 node->attributes[PK_EMBEDDING_TOKENS] - offset);
     return status;
 }
 
-/* Where a token's weights start; what is no token counts as the first: pk_graph_check_inputs refuses it. */
-static size_t pk__embedded(const pk_node *node, double token)
+/* Where the weights of a row's token number i start, SIZE_MAX for padding. What is no token counts as the first one:
+ * pk_graph_check_inputs refuses it. */
+static size_t pk__embedded(const pk_call *call, size_t row, size_t i)
 {
-    return token >= 0 && token < node->attributes[PK_EMBEDDING_TOKENS] ? (size_t)token * node->shape.dims[1]
-                                                                       : 0;
+    const double *attributes = call->node->attributes;
+    const double token = call->in[0][row * call->in_width[0] + (size_t)attributes[PK_EMBEDDING_FIRST] + i] +
+                         attributes[PK_EMBEDDING_OFFSET];
+    if (token + 1 == attributes[PK_EMBEDDING_PADDING])
+        return SIZE_MAX;
+    return token >= 0 && token < attributes[PK_EMBEDDING_TOKENS] ? (size_t)token * call->node->shape.dims[1]
+                                                                 : 0;
 }
 
 static void pk__embedding_rows(const pk_call *call, const pk_real *weights, pk_real *to)
 {
-    const size_t width = call->node->shape.dims[1];
-    for (size_t i = 0; i < call->rows * call->in_width[0]; i++)
-        memcpy(to + i * width, weights + pk__embedded(call->node, call->in[0][i]), width * sizeof *to);
+    const size_t tokens = call->node->shape.dims[0], width = call->node->shape.dims[1];
+    for (size_t i = 0; i < call->rows * tokens; i++, to += width) {
+        const size_t from = pk__embedded(call, i / tokens, i % tokens);
+        if (from == SIZE_MAX)
+            memset(to, 0, width * sizeof *to);
+        else
+            memcpy(to, weights + from, width * sizeof *to);
+    }
 }
 
 static void pk__embedding_forward(const pk_call *call)
@@ -13217,10 +13400,12 @@ static void pk__embedding_tangent(const pk_call *call)
 /* gradient += (dF/dw)^T delta of the row. */
 static void pk__embedding_add(const pk_call *call, size_t row, const pk_real *delta, pk_real *gradient)
 {
-    const size_t tokens = call->in_width[0], width = call->node->shape.dims[1];
-    for (size_t i = 0; i < tokens; i++)
-        pk__give(width, delta + i * width, 1,
-                 gradient + pk__embedded(call->node, call->in[0][row * tokens + i]));
+    const size_t tokens = call->node->shape.dims[0], width = call->node->shape.dims[1];
+    for (size_t i = 0; i < tokens; i++, delta += width) {
+        const size_t to = pk__embedded(call, row, i);
+        if (to != SIZE_MAX)
+            pk__give(width, delta, 1, gradient + to);
+    }
 }
 
 static void pk__embedding_weight_gradient(const pk_call *call)
@@ -13594,6 +13779,10 @@ static const pk_option pk__embedding_options[] = {
      .least = 1,
      .most = 1e9,
      .whole = 1},
+    {.name = "padding", .kind = PK_OPTION_NUMBER, .attribute = PK_EMBEDDING_PADDING, .most = 1e9, .whole = 1},
+    {.name = "first", .kind = PK_OPTION_NUMBER, .attribute = PK_EMBEDDING_FIRST, .most = 1e9, .whole = 1},
+    {.name = "count", .kind = PK_OPTION_NUMBER, .attribute = PK_EMBEDDING_COUNT, .most = 1e9, .whole = 1},
+    {.name = "offset", .kind = PK_OPTION_NUMBER, .attribute = PK_EMBEDDING_OFFSET, .most = 1e9, .whole = 1},
     {.name = NULL},
 };
 static const pk_option pk__token_options[] = {
@@ -13980,6 +14169,65 @@ static void pk__view_reverse(const pk_call *call)
     pk__view_copy(call, rows, 1, call->out_cotangent, call->in_cotangent[0]);
 }
 
+/* ---- gather ---------------------------------------------------------------------------------------------- */
+
+static pk_status pk__gather_shape(pk_context *context, const pk_graph *graph, pk_node *node)
+{
+    const double width = (double)graph->nodes[node->inputs[0]].width;
+    size_t count = 0;
+    node->shape.rank = 2;
+    for (int i = 0; i < 2; i++)
+        node->shape.dims[i] = (size_t)node->attributes[i];
+    if (!pk__multiply(node->shape.dims[0], node->shape.dims[1], &count) || count != node->constant_count)
+        return pk__fail(context, PK_SHAPE, "gather: %g x %g numbers, of %zu places", node->attributes[0],
+                        node->attributes[1], node->constant_count);
+    for (size_t i = 0; i < count; i++) {
+        const double place = node->constants[i];
+        if (!(place >= -1 && place < width && place == floor(place)))
+            return pk__fail(context, PK_ARGUMENT,
+                            "gather: place %zu is %g; the value has the places 0 to %g, and -1 stands for 0", i,
+                            place, width - 1);
+    }
+    return PK_OK;
+}
+
+static void pk__gather(const pk_call *call, const pk_real *from, pk_real *to)
+{
+    const pk_node *node = call->node;
+    for (size_t row = 0; row < call->rows; row++, from += call->in_width[0], to += node->width)
+        for (size_t i = 0; i < node->width; i++)
+            to[i] = node->constants[i] < 0 ? 0 : from[(size_t)node->constants[i]];
+}
+
+static void pk__gather_forward(const pk_call *call)
+{
+    pk__gather(call, call->in[0], call->out);
+}
+
+static void pk__gather_tangent(const pk_call *call)
+{
+    if (call->in_tangent[0])
+        pk__gather(call, call->in_tangent[0], call->out_tangent);
+    else
+        memset(call->out_tangent, 0, call->rows * call->node->width * sizeof *call->out_tangent);
+}
+
+static void pk__gather_reverse(const pk_call *call)
+{
+    const pk_node *node = call->node;
+    const size_t rows = call->rows * call->copies;
+    const pk_real *from = call->out_cotangent;
+    pk_real *to = call->in_cotangent[0];
+    if (!to)
+        return;
+    if (!call->accumulate[0])
+        memset(to, 0, rows * call->in_width[0] * sizeof *to);
+    for (size_t row = 0; row < rows; row++, to += call->in_width[0], from += node->width)
+        for (size_t i = 0; i < node->width; i++)
+            if (node->constants[i] >= 0)
+                to[(size_t)node->constants[i]] += from[i];
+}
+
 /* ---- reshape, sum, parameter ------------------------------------------------------------------------- */
 
 static pk_status pk__reshape_shape(pk_context *context, const pk_graph *graph, pk_node *node)
@@ -14093,6 +14341,11 @@ static const pk_operation pk__values_operations[] = {
      .linear_in_weights = 1,
      .shape = pk__view_shape,
      PK__VALUES_RULES(view)},
+    {.name = "gather",
+     .smoothness = PK_LINEAR,
+     .linear_in_weights = 1,
+     .shape = pk__gather_shape,
+     PK__VALUES_RULES(gather)},
     {.name = "reshape",
      .smoothness = PK_LINEAR,
      .linear_in_weights = 1,
@@ -14224,7 +14477,8 @@ static pk_status pk__parse_shape(pk_context *context, const char *word, pk_shape
 /* Layers of the language that are no operation of their own name, beside those of pk__composites that are. */
 #define PK__OTHER_LAYERS                                                                                \
     "input residual position propagate constant fourier select dropout layer_norm rms_norm batch_norm " \
-    "attention as from add subtract concat slice permute mean prelu softmin group_norm instance_norm"
+    "attention as from add subtract divide concat slice permute mean max min prelu softmin group_norm " \
+    "instance_norm"
 
 /* Operations that the language builds only as parts of its layers. */
 static int pk__is_part(const char *name)
@@ -14537,11 +14791,16 @@ static const pk_option pk__ntk_options[] = {
     {.name = NULL},
 };
 
-static pk_status pk__append_scale(pk__parser *parser, double factor)
+static pk_status pk__append_number(pk__parser *parser, const char *name, double number)
 {
     double attributes[PK_NODE_ATTRIBUTES] = {0};
-    attributes[PK_ACTIVATION_NUMBER] = factor;
-    return factor == 1 ? PK_OK : pk__append(parser, "scale", attributes, 0, NULL);
+    attributes[PK_ACTIVATION_NUMBER] = number;
+    return pk__append(parser, name, attributes, 0, NULL);
+}
+
+static pk_status pk__append_scale(pk__parser *parser, double factor)
+{
+    return factor == 1 ? PK_OK : pk__append_number(parser, "scale", factor);
 }
 
 static pk_status pk__weights_layer(pk__parser *parser, const pk__layer *layer)
@@ -14580,6 +14839,17 @@ static pk_status pk__weights_layer(pk__parser *parser, const pk__layer *layer)
     if (!status)
         status = pk__append(parser, operation->name, attributes, 0, NULL);
     return status ? status : pk__append_scale(parser, after);
+}
+
+/* embedding V D [padding=] [first=] [count=] [offset=]: the language counts the padding token from 0. */
+static pk_status pk__embedding_layer(pk__parser *parser, const pk__layer *layer)
+{
+    double attributes[PK_NODE_ATTRIBUTES] = {0};
+    attributes[PK_EMBEDDING_PADDING] = -1;
+    pk_status status =
+        pk__parse_options(parser->context, "embedding", pk__embedding_options, layer, attributes);
+    attributes[PK_EMBEDDING_PADDING]++;
+    return status ? status : pk__append(parser, "embedding", attributes, 0, NULL);
 }
 
 /* position: a learned vector for each token. */
@@ -14832,11 +15102,11 @@ static pk_status pk__append_constant(pk__parser *parser, const pk__layer *layer,
         return pk__fail(parser->context, PK_SHAPE,
                         "propagate: the array '%.40s' has %zu columns, not row, column and value", its,
                         array->shape[1]);
-    if (strcmp(name, "constant") == 0) {
-        attributes[PK_POSITION_TOKENS] = (double)array->shape[0];
-        attributes[PK_POSITION_WIDTH] = (double)array->shape[1];
+    if (strcmp(name, "constant") == 0)
         parser->node = 0;
-    }
+    if (strcmp(name, "constant") == 0 || strcmp(name, "gather") == 0) /* both have the shape in front */
+        for (int i = 0; i < 2; i++)
+            attributes[i] = (double)array->shape[i];
     status = pk__graph_append(parser->context, parser->graph, operation, 1, &parser->node, attributes,
                               pk_array_items(array), like ? like->constants : numbers, like, &parser->node);
     if (status)
@@ -14847,7 +15117,7 @@ static pk_status pk__append_constant(pk__parser *parser, const pk__layer *layer,
     return affine ? pk__append_affine(parser, 1, 0) : PK_OK;
 }
 
-/* constant NAME, propagate NAME, batch_norm NAME. */
+/* constant NAME, propagate NAME, gather NAME, batch_norm NAME. */
 static pk_status pk__constant_layer(pk__parser *parser, const pk__layer *layer)
 {
     const int norm = strcmp(layer->words[0], "batch_norm") == 0;
@@ -15033,7 +15303,7 @@ static pk_status pk__append_broadcast(pk__parser *parser, const pk_shape *shape)
     return pk__append_view(parser, shape, strides, 0);
 }
 
-/* add NAME, subtract NAME, multiply NAME: axes of one number, and missing ones in front, are repeated. */
+/* add NAME, subtract NAME, multiply NAME, divide NAME: axes of one number, and missing ones in front, are repeated. */
 static pk_status pk__pair_layer(pk__parser *parser, const pk__layer *layer)
 {
     pk_context *context = parser->context;
@@ -15054,14 +15324,17 @@ static pk_status pk__pair_layer(pk__parser *parser, const pk__layer *layer)
                             layer->words[1]);
         shape.dims[shape.rank - i] = m > n ? m : n;
     }
+    const int divide = strcmp(layer->words[0], "divide") == 0,
+              subtract = strcmp(layer->words[0], "subtract") == 0;
+    const char *name = divide || strcmp(layer->words[0], "multiply") == 0 ? "multiply" : "add";
     for (int j = 0; j < 2 && !status; j++) {
         parser->node = nodes[j];
-        status = pk__append_broadcast(parser, &shape);
-        if (!status && j && strcmp(layer->words[0], "subtract") == 0)
-            status = pk__append_scale(parser, -1);
+        if (j && (divide || subtract)) /* before it is repeated */
+            status = pk__append_number(parser, divide ? "power" : "scale", -1);
+        if (!status)
+            status = pk__append_broadcast(parser, &shape);
         nodes[j] = parser->node;
     }
-    const char *name = strcmp(layer->words[0], "multiply") == 0 ? "multiply" : "add";
     return status ? status
                   : pk__graph_append(context, parser->graph, pk_operation_find(name), 2, nodes, NULL, 0, NULL,
                                      NULL, &parser->node);
@@ -15159,6 +15432,58 @@ static pk_status pk__sum_layer(pk__parser *parser, const pk__layer *layer)
                : pk__append_scale(parser, 1 / (double)from.dims[(int)attributes[PK_VALUES_AXIS]]);
 }
 
+static pk_status pk__append_reshape(pk__parser *parser, const pk_shape *shape)
+{
+    double attributes[PK_NODE_ATTRIBUTES] = {0};
+    attributes[PK_VALUES_RANK] = shape->rank;
+    for (int i = 0; i < shape->rank; i++)
+        attributes[PK_VALUES_DIMS + i] = (double)shape->dims[i];
+    return pk__append(parser, "reshape", attributes, 0, NULL);
+}
+
+/* max AXIS, min AXIS: the axis becomes the last one, the others are channels, and each is one window. */
+static pk_status pk__max_layer(pk__parser *parser, const pk__layer *layer)
+{
+    const pk_shape from = *pk__branch_shape(parser);
+    const double sign = strcmp(layer->words[0], "min") == 0 ? -1 : 1;
+    pk_shape to = {0, {0}}, moved = {0, {0}}, signal = {2, {1, 1}};
+    size_t own[PK_SHAPE_RANK], strides[PK_SHAPE_RANK];
+    double axis = 0, one[PK_NODE_ATTRIBUTES];
+    char text[PK_SHAPE_TEXT];
+    pk_status status = pk__check_words(parser, layer, 1, 1, "an axis");
+    if (!status)
+        status = pk__whole_word(parser, layer, 1, &axis);
+    if (!status && axis >= from.rank)
+        status = pk__fail(parser->context, PK_SHAPE, "%s: values of %s have no axis %g", layer->words[0],
+                          pk_shape_text(&from, text), axis);
+    if (status)
+        return status;
+    pk__shape_strides(&from, own);
+    for (int i = 0; i < from.rank; i++)
+        if (i != (int)axis) {
+            strides[to.rank] = own[i];
+            signal.dims[0] *= from.dims[i];
+            to.dims[to.rank++] = from.dims[i];
+        }
+    moved = to;
+    strides[moved.rank] = own[(int)axis];
+    moved.dims[moved.rank++] = signal.dims[1] = from.dims[(int)axis];
+    if (!to.rank)
+        to.dims[to.rank++] = 1;
+    memcpy(one, pk_operation_find("adaptive_max_pool")->defaults, sizeof one);
+    one[PK_POOL_KERNEL] = one[PK_POOL_KERNEL + 1] = 1;
+    status = pk__append_scale(parser, sign);
+    if (!status && (int)axis != from.rank - 1)
+        status = pk__append_view(parser, &moved, strides, 0);
+    if (!status)
+        status = pk__append_reshape(parser, &signal);
+    if (!status)
+        status = pk__append(parser, "adaptive_max_pool", one, 0, NULL);
+    if (!status)
+        status = pk__append_reshape(parser, &to);
+    return status ? status : pk__append_scale(parser, sign);
+}
+
 /* reshape SHAPE, parameter SHAPE. */
 static pk_status pk__shape_layer(pk__parser *parser, const pk__layer *layer)
 {
@@ -15167,8 +15492,8 @@ static pk_status pk__shape_layer(pk__parser *parser, const pk__layer *layer)
     pk_status status = pk__check_words(parser, layer, 1, 1, "a shape such as 4x8");
     if (!status)
         status = pk__parse_shape(parser->context, layer->words[1], &shape);
-    if (status)
-        return status;
+    if (status || strcmp(layer->words[0], "reshape") == 0)
+        return status ? status : pk__append_reshape(parser, &shape);
     attributes[PK_VALUES_RANK] = shape.rank;
     for (int i = 0; i < shape.rank; i++)
         attributes[PK_VALUES_DIMS + i] = (double)shape.dims[i];
@@ -15195,6 +15520,8 @@ static const struct {
     {"position", pk__position_layer},
     {"propagate", pk__constant_layer},
     {"constant", pk__constant_layer},
+    {"gather", pk__constant_layer},
+    {"embedding", pk__embedding_layer},
     {"fourier", pk__fourier_layer},
     {"select", pk__select_layer},
     {"dropout", pk__refused_layer},
@@ -15208,12 +15535,15 @@ static const struct {
     {"add", pk__pair_layer},
     {"subtract", pk__pair_layer},
     {"multiply", pk__pair_layer},
+    {"divide", pk__pair_layer},
     {"matmul", pk__matmul_layer},
     {"concat", pk__concat_layer},
     {"slice", pk__view_layer},
     {"permute", pk__view_layer},
     {"sum", pk__sum_layer},
     {"mean", pk__sum_layer},
+    {"max", pk__max_layer},
+    {"min", pk__max_layer},
     {"reshape", pk__shape_layer},
     {"parameter", pk__shape_layer},
     {"prelu", pk__prelu_layer},
@@ -15946,6 +16276,19 @@ static double pk__kl_div(const pk_criterion *c, size_t outputs, const pk_real *f
     return sum;
 }
 
+static double pk__recorded(const pk_criterion *c, size_t outputs, const pk_real *f, const pk_real *y,
+                           pk_real *gradient)
+{
+    double sum = 0;
+    (void)c;
+    for (size_t j = 0; j < outputs; j++) {
+        sum += (double)y[j] * f[j];
+        if (gradient)
+            gradient[j] = y[j];
+    }
+    return sum;
+}
+
 /* The least divisor of BCELoss's gradient: 1e-12 in single precision, for float64 as well. */
 #define PK__LEAST_SPREAD ((double)1e-12f)
 
@@ -16240,6 +16583,12 @@ static const pk__loss_rule pk__losses[] = {
      .degree = -1,
      .kinks = 1,
      .switches = pk__binary_cross_entropy_switches},
+    {.loss = PK_RECORDED,
+     .name = "recorded",
+     .evaluate = pk__recorded,
+     .curvature = pk__no_hessian,
+     .accept = pk__accept_any,
+     .degree = -1},
 };
 
 enum { PK__LOSSES = (int)(sizeof pk__losses / sizeof pk__losses[0]) };
@@ -18509,13 +18858,30 @@ PK_API int pk_optimizer_stateless(const pk_optimizer *optimizer)
     return pk_optimizer_state_vectors(optimizer) == 0;
 }
 
+/* The optimizer with the momentum that it has at a step. */
+static pk_optimizer pk__optimizer_at(const pk_optimizer *optimizer, size_t step)
+{
+    pk_optimizer at = *optimizer;
+    if (optimizer->momenta)
+        at.momentum = at.beta1 = optimizer->momenta[step]; /* a rule reads one of them */
+    return at;
+}
+
 PK__PRIVATE void pk__optimizer_part(const pk_optimizer *optimizer, const pk__update *call)
 {
     const pk__optimizer_rule *rule = pk__optimizer_find(optimizer->kind);
+    const pk_optimizer at = pk__optimizer_at(optimizer, call->step);
     pk__update signed_call = *call;
     signed_call.scale = optimizer->maximize ? -call->scale : call->scale;
     if (rule)
-        rule->update(optimizer, &signed_call);
+        rule->update(&at, &signed_call);
+}
+
+/* Whether it has one number, the momentum or beta1, that a schedule can move from step to step. */
+PK__PRIVATE int pk__optimizer_has_momentum(const pk_optimizer *optimizer)
+{
+    return optimizer->kind == PK_ADAM || optimizer->kind == PK_ADAMW ||
+           ((optimizer->kind == PK_SGD || optimizer->kind == PK_RMSPROP) && optimizer->momentum != 0);
 }
 
 /* The number of the state vector that second_moments.npy has; SIZE_MAX: none. */
@@ -18582,9 +18948,10 @@ PK__PRIVATE void pk__optimizer_form(const pk_optimizer *optimizer, size_t step, 
                                     pk_real *preconditioner)
 {
     const pk__optimizer_rule *rule = pk__optimizer_find(optimizer->kind);
+    const pk_optimizer at = pk__optimizer_at(optimizer, step);
     memset(form, 0, sizeof *form);
     if (rule)
-        rule->linear_form(optimizer, step, rate, count, apart, state, form, preconditioner);
+        rule->linear_form(&at, step, rate, count, apart, state, form, preconditioner);
     if (!optimizer->maximize)
         return;
     form->negated = 1;
@@ -19170,6 +19537,8 @@ enum {
     PK__RUN_SCALES,
     PK__RUN_GROUP_RATES,
     PK__RUN_CHECKSUMS,
+    PK__RUN_LOSS_GRADIENTS,
+    PK__RUN_MOMENTA,
     PK__RUN_MOMENTS,
     PK__RUN_STATES,
     PK__RUN_WEIGHTS,
@@ -19179,19 +19548,26 @@ enum {
 typedef struct pk__run_file {
     const char *name;
     pk_type type; /* 0: float32 or float64 */
-    int rank;     /* 2: rows of P, or V P */
+    int rank;     /* 2: rows of P, or V P; of C or of the groups, where it is narrow */
     int optional;
     size_t before; /* rows that belong to no step: w_0, the first offset */
     int kept;      /* one row a kept step */
+    int per_item;  /* one row an item of a batch */
+    int narrow;    /* mapped as a whole */
 } pk__run_file;
 
 static const pk__run_file pk__run_files[PK__RUN_FILES] = {
     [PK__RUN_RATES] = {.name = "learning_rates.npy", .type = PK_FLOAT64, .rank = 1},
     [PK__RUN_OFFSETS] = {.name = "batch_offsets.npy", .type = PK_INT64, .rank = 1, .before = 1},
-    [PK__RUN_ITEMS] = {.name = "batch_items.npy", .type = PK_INT64, .rank = 1},
-    [PK__RUN_ITEM_WEIGHTS] = {.name = "batch_weights.npy", .type = PK_FLOAT64, .rank = 1, .optional = 1},
+    [PK__RUN_ITEMS] = {.name = "batch_items.npy", .type = PK_INT64, .rank = 1, .per_item = 1},
+    [PK__RUN_ITEM_WEIGHTS] =
+        {.name = "batch_weights.npy", .type = PK_FLOAT64, .rank = 1, .optional = 1, .per_item = 1},
     [PK__RUN_SCALES] = {.name = "gradient_scales.npy", .type = PK_FLOAT64, .rank = 1, .optional = 1},
-    [PK__RUN_GROUP_RATES] = {.name = "group_rates.npy", .type = PK_FLOAT64, .rank = 2, .optional = 1},
+    [PK__RUN_GROUP_RATES] =
+        {.name = "group_rates.npy", .type = PK_FLOAT64, .rank = 2, .optional = 1, .narrow = 1},
+    [PK__RUN_MOMENTA] = {.name = "momenta.npy", .type = PK_FLOAT64, .rank = 1, .optional = 1},
+    [PK__RUN_LOSS_GRADIENTS] =
+        {.name = "loss_gradients.npy", .rank = 2, .optional = 1, .per_item = 1, .narrow = 1},
     [PK__RUN_CHECKSUMS] = {.name = "checksums.npy", .type = PK_INT64, .rank = 1, .before = 1},
     [PK__RUN_MOMENTS] = {.name = "second_moments.npy", .rank = 2, .optional = 1},
     [PK__RUN_STATES] = {.name = "optimizer_states.npy", .type = PK_FLOAT64, .rank = 2, .before = 1, .kept = 1},
@@ -19208,7 +19584,7 @@ static int pk__run_has(int file, size_t keep_every, const pk_optimizer *optimize
         return keep_every > 1;
     if (file == PK__RUN_STATES)
         return keep_every > 1 && pk_parameter_groups_state_vectors(optimizer, groups) > 0;
-    if (file == PK__RUN_MOMENTS && keep_every > 1)
+    if ((file == PK__RUN_MOMENTS || file == PK__RUN_LOSS_GRADIENTS || file == PK__RUN_MOMENTA) && keep_every > 1)
         return 0;
     return pk__run_files[file].optional ? -1 : 1;
 }
@@ -19568,7 +19944,10 @@ static pk_array *pk__run_array(pk_run *run, int file)
     return file == PK__RUN_WEIGHTS   ? &run->weights
            : file == PK__RUN_MOMENTS ? &run->second_moments
            : file == PK__RUN_STATES  ? &run->optimizer_states
-                                     : &run->columns[file];
+           : file == PK__RUN_MOMENTA ? &run->momenta
+           : file == PK__RUN_LOSS_GRADIENTS
+               ? &run->loss_gradients
+               : &run->columns[file];
 }
 
 PK_API const pk_array *pk_run_array(const pk_run *run, size_t index, const char **name)
@@ -19644,8 +20023,11 @@ static pk_status pk__run_map(pk_context *context, pk__run_path *path, int file, 
         return pk__fail(context, PK_FORMAT, "%s: run.txt has no group line", path->text);
     if (!has) /* other programs may leave files of their own */
         return PK_OK;
-    const unsigned flags =
-        PK_ARRAY_PARTIAL | (expected->rank == 2 && file != PK__RUN_GROUP_RATES ? PK_ARRAY_KEEP_OPEN : 0);
+    if (file == PK__RUN_LOSS_GRADIENTS && run->loss != PK_RECORDED)
+        return pk__fail(context, PK_FORMAT, "%s: the loss in run.txt is %s, not recorded", path->text,
+                        pk_loss_name(run->loss));
+    const int wide = expected->rank == 2 && !expected->narrow;
+    const unsigned flags = PK_ARRAY_PARTIAL | (wide ? PK_ARRAY_KEEP_OPEN : 0);
     pk_status status = pk_array_map(context, path->text, flags, array);
     if (status)
         return status;
@@ -19659,10 +20041,12 @@ static pk_status pk__run_map(pk_context *context, pk__run_path *path, int file, 
     if (file == PK__RUN_GROUP_RATES && array->shape[1] != run->groups.count)
         return pk__fail(context, PK_SHAPE, "%s has %zu columns, run.txt has %zu group lines", path->text,
                         array->shape[1], run->groups.count);
+    if (file == PK__RUN_LOSS_GRADIENTS && array->shape[1] != run->outputs)
+        return pk__fail(context, PK_SHAPE, "%s has rows of %zu numbers, the network has %zu outputs", path->text,
+                        array->shape[1], run->outputs);
     size_t vectors =
         file == PK__RUN_STATES ? pk_parameter_groups_state_vectors(&run->optimizer, &run->groups) : 1;
-    if (expected->rank == 2 && file != PK__RUN_GROUP_RATES &&
-        (array->shape[1] / vectors != run->parameters || array->shape[1] % vectors))
+    if (wide && (array->shape[1] / vectors != run->parameters || array->shape[1] % vectors))
         return pk__fail(context, PK_SHAPE, "%s has rows of %zu numbers, the network has %zu parameters%s",
                         path->text, array->shape[1], run->parameters,
                         vectors > 1 ? " and the optimizer two vectors" : "");
@@ -19783,9 +20167,8 @@ static int pk__run_is_whole(const pk_run *run, size_t steps, int *file)
     for (int f = 0; f < PK__RUN_FILES; f++) {
         const pk_array *array = pk__run_array((pk_run *)run, f);
         const pk__run_file *kind = &pk__run_files[f];
-        const int per_item = f == PK__RUN_ITEMS || f == PK__RUN_ITEM_WEIGHTS;
-        const size_t least = (per_item ? items : kind->kept ? steps / run->keep_every : steps) + kind->before;
-        size_t most = per_item ? next_items + kind->before : kind->kept && !keeps ? least : least + 1;
+        const size_t least = (kind->per_item ? items : kind->kept ? steps / run->keep_every : steps) + kind->before;
+        size_t most = kind->per_item ? next_items + kind->before : kind->kept && !keeps ? least : least + 1;
         if (f == last) /* its whole row would make the step complete */
             most = least;
         *file = f;
@@ -19800,17 +20183,19 @@ static int pk__run_is_whole(const pk_run *run, size_t steps, int *file)
 static pk_status pk__run_count(pk_context *context, const char *directory, int recover, pk_run *run)
 {
     size_t rows[PK__RUN_FILES], steps = SIZE_MAX;
-    int least = 0, per_item[PK__RUN_FILES] = {0, 0, 1, 1, 0, 0, 0, 0, 0, 0};
+    int least = 0, shorter = PK__RUN_ITEMS;
     for (int f = 0; f < PK__RUN_FILES; f++) {
         const pk_array *array = pk__run_array(run, f);
         rows[f] = array->data ? array->shape[0] : SIZE_MAX;
         size_t reach = rows[f] - pk__run_files[f].before; /* the last step that this file allows */
         if (pk__run_files[f].kept)
             reach = rows[f] > SIZE_MAX / run->keep_every ? SIZE_MAX : rows[f] * run->keep_every - 1;
-        if (array->data && !per_item[f] && reach < steps)
+        if (array->data && !pk__run_files[f].per_item && reach < steps)
             steps = reach, least = f;
     }
-    int shorter = rows[PK__RUN_ITEM_WEIGHTS] < rows[PK__RUN_ITEMS] ? PK__RUN_ITEM_WEIGHTS : PK__RUN_ITEMS;
+    for (int f = 0; f < PK__RUN_FILES; f++)
+        if (pk__run_files[f].per_item && rows[f] < rows[shorter])
+            shorter = f;
     const int64_t *offsets = run->batch_offsets;
     if (offsets[0] != 0)
         return pk__fail(context, PK_FORMAT, "%s/batch_offsets.npy starts with %lld, not with 0", directory,
@@ -19844,10 +20229,25 @@ static pk_status pk__run_count(pk_context *context, const char *directory, int r
                             "%s/group_rates.npy holds %g at row %zu, column %zu; a rate is finite and >= 0",
                             directory, run->group_rates[i], i / run->groups.count, group);
     }
+    const double *momenta = run->optimizer.momenta;
+    for (size_t s = 0; momenta && s < steps; s++)
+        if (!(momenta[s] > 0 && momenta[s] < 1))
+            return pk__fail(context, PK_ARGUMENT, "%s/momenta.npy holds %g at row %zu; a momentum is in (0, 1)",
+                            directory, momenta[s], s);
+    pk_real derivatives[256];
+    for (size_t i = 0, count; run->loss_gradients.data && i < items * run->outputs; i += count) {
+        count = pk__min(items * run->outputs - i, sizeof derivatives / sizeof *derivatives);
+        pk_array_reals(&run->loss_gradients, i, count, derivatives);
+        for (size_t k = 0; k < count; k++)
+            if (!isfinite(derivatives[k]))
+                return pk__fail(context, PK_NOT_FINITE, "%s/loss_gradients.npy holds %g at row %zu, column %zu",
+                                directory, (double)derivatives[k], (i + k) / run->outputs,
+                                (i + k) % run->outputs);
+    }
     run->steps = steps;
     for (int f = 0; f < PK__RUN_FILES; f++) {
         const pk_array *array = pk__run_array(run, f);
-        size_t complete = per_item[f] ? items : pk__run_files[f].kept ? steps / run->keep_every : steps;
+        size_t complete = pk__run_files[f].per_item ? items : pk__run_files[f].kept ? steps / run->keep_every : steps;
         complete += pk__run_files[f].before;
         if (array->data && (rows[f] > complete || array->extra_bytes))
             run->cut_off = 1;
@@ -19871,16 +20271,22 @@ static pk_status pk__run_count(pk_context *context, const char *directory, int r
     return PK_OK;
 }
 
-/* Checks inputs and targets against network and loss, for readers and recorders. */
+/* Checks inputs and targets against network and loss, for readers and recorders. criterion NULL: of the targets, only their
+ * number. */
 PK__PRIVATE pk_status pk__run_check_data(pk_context *context, const pk_dataset *train, const pk_graph *graph,
                                          const pk_criterion *criterion)
 {
-    pk_status status = pk_dataset_check(context, train, graph->input_width, graph->output_width);
+    pk_status status = criterion ? pk__dataset_check_targets(context, train, graph->output_width) : PK_OK;
+    if (!status)
+        status = pk__dataset_check_inputs(context, train, graph->input_width);
     if (!status)
         status = pk_array_check_rows(context, &train->inputs, graph->input_shape.rank, graph->input_shape.dims,
                                      "inputs");
-    if (!status)
+    if (!status && criterion)
         status = pk_criterion_check(context, criterion, train, graph->output_width);
+    if (!status && pk_array_length(&train->targets) != pk_array_length(&train->inputs))
+        status = pk__fail(context, PK_SHAPE, "%zu rows of targets for %zu rows of inputs",
+                          pk_array_length(&train->targets), pk_array_length(&train->inputs));
     if (status || !graph->checked)
         return status;
     pk_real *row = NULL;
@@ -19912,7 +20318,8 @@ static pk_status pk__run_load(pk_context *context, pk__run_path *path, int recov
     }
     if (status)
         return status;
-    status = pk__run_check_data(context, &run->train, &run->graph, &run->criterion);
+    status = pk__run_check_data(context, &run->train, &run->graph,
+                                run->loss_gradients.data ? NULL : &run->criterion);
     if (status)
         return pk__prefix(context, status, "%s: train_inputs.npy, train_targets.npy: ", path->directory);
     if (run->second_moments.data && run->optimizer.kind != PK_SGD &&
@@ -19927,8 +20334,18 @@ static pk_status pk__run_load(pk_context *context, pk__run_path *path, int recov
     run->gradient_scales = (const double *)run->columns[PK__RUN_SCALES].data;
     run->checksums = (const int64_t *)run->columns[PK__RUN_CHECKSUMS].data;
     run->group_rates = (const double *)run->columns[PK__RUN_GROUP_RATES].data;
+    run->optimizer.momenta = (const double *)run->momenta.data;
+    if (run->momenta.data && !pk__optimizer_has_momentum(&run->optimizer))
+        return pk__fail(context, PK_FORMAT, "%s/momenta.npy: the optimizer in run.txt has no momentum that moves",
+                        path->directory);
     for (size_t g = 0; g < run->groups.count; g++) {
-        const pk_parameter_group *group = &run->groups.group[g];
+        pk_parameter_group *group = &run->groups.group[g];
+        group->optimizer.momenta = run->optimizer.momenta;
+        if (run->momenta.data && (group->optimizer.momentum != run->optimizer.momentum ||
+                                  group->optimizer.beta1 != run->optimizer.beta1))
+            return pk__fail(context, PK_FORMAT,
+                            "run.txt line %zu: a momentum of the group's own beside momenta.npy, which has that of all",
+                            group->line);
         if (run->group_rates ? group->rated : !group->keys && !group->frozen)
             return pk__fail(context, PK_FORMAT,
                             run->group_rates ? "run.txt line %zu: rate= beside group_rates.npy, which has the "
@@ -20047,6 +20464,12 @@ PK_API double pk_run_gradient_scale(const pk_run *run, size_t step)
 PK_API const double *pk_run_group_rates(const pk_run *run, size_t step)
 {
     return run->group_rates ? run->group_rates + step * run->groups.count : NULL;
+}
+
+PK_API const pk_array *pk_run_loss_gradients(const pk_run *run, size_t step, size_t *row)
+{
+    *row = (size_t)run->batch_offsets[step];
+    return run->loss_gradients.data ? &run->loss_gradients : NULL;
 }
 
 PK_API pk_status pk_run_weights(pk_context *context, const pk_run *run, size_t step, pk_real *weights)
@@ -20452,6 +20875,8 @@ static pk_status pk__recorder_folder(pk_context *context, pk__run_path *path, in
     return PK_OK;
 }
 
+_Static_assert(sizeof ((pk_recorder *)0)->present / sizeof(int) == PK__RUN_FILES, "one writer a file");
+
 static pk_type pk__recorder_type(const pk_recorder *recorder, int file)
 {
     return pk__run_files[file].type ? pk__run_files[file].type : recorder->float32 ? PK_FLOAT32 : PK_FLOAT64;
@@ -20683,8 +21108,7 @@ static pk_status pk__recorder_continue(pk_context *context, pk__run_path *path, 
     pk_run_release(context, &run); /* before files shrink */
     /* Files are truncated in the reverse order of writing, so that a kill in between leaves what a kill while recording does. */
     for (int f = PK__RUN_FILES - 1; f >= 0 && !status; f--) {
-        int per_item = f == PK__RUN_ITEMS || f == PK__RUN_ITEM_WEIGHTS;
-        size_t rows = per_item                ? (size_t)recorder->items
+        size_t rows = pk__run_files[f].per_item ? (size_t)recorder->items
                       : pk__run_files[f].kept ? recorder->steps / recorder->keep_every
                                               : recorder->steps;
         if (recording->present[f])
@@ -20914,16 +21338,17 @@ static pk_status pk__recorder_append(pk_context *context, pk_recorder *recorder,
             : pk__checksum(weights_after, recorder->parameters, keeps ? state : NULL, recorder->state_numbers);
     const void *rows[PK__RUN_FILES] = {
         &learning_rate,        &end,      batch->items, batch_weights, &gradient_scale,
-        recorder->group_rates, &checksum, NULL,         NULL,          NULL};
+        recorder->group_rates, &checksum, NULL,         NULL,          NULL,
+        NULL,                  NULL};
     for (int f = 0; f < PK__RUN_FILES && !status; f++) {
         if (!recorder->present[f] || (pk__run_files[f].kept && !keeps))
             continue;
-        int per_item = f == PK__RUN_ITEMS || f == PK__RUN_ITEM_WEIGHTS;
         const void *row = f == PK__RUN_WEIGHTS   ? pk__recorder_row(recorder, weights_after)
                           : f == PK__RUN_MOMENTS ? pk__recorder_row(recorder, second_moments)
                           : f == PK__RUN_STATES  ? pk__recorder_state(recorder, state)
                                                  : rows[f];
-        status = pk_array_append(context, &recorder->files[f], per_item ? batch->count : 1, row);
+        status = pk_array_append(context, &recorder->files[f],
+                                 pk__run_files[f].per_item ? batch->count : 1, row);
     }
     if (status) {
         recorder->failed = 1; /* the files have different lengths now: readers see the step before */
@@ -22150,6 +22575,7 @@ PK__INTERNAL void pk__path_take(pk__arena *arena, const pk_graph *graph, size_t 
     segment->point_t = pk__arena_take(arena, points, sizeof *segment->point_t);
     segment->from = pk__arena_take(arena, points, sizeof *segment->from);
     segment->to = pk__arena_take(arena, points, sizeof *segment->to);
+    segment->gap = pk__arena_take(arena, points, sizeof *segment->gap);
     segment->tape.mean = pk__arena_take(arena, pk__mean_numbers(graph, copies), sizeof(pk_real));
     segment->held_row = pk__arena_take(arena, points, sizeof *segment->held_row);
     segment->held_t = pk__arena_take(arena, points, sizeof *segment->held_t);
@@ -22380,13 +22806,40 @@ static void pk__path_tangents(pk__path *segment, size_t first, size_t count, con
 PK__INTERNAL void pk__path_tangent(pk__path *segment, size_t first, size_t count, const size_t *row,
                                    const pk_real *t)
 {
+    segment->tape.gap = segment->tape.from ? segment->gap : NULL;
+    for (size_t p = 0; segment->tape.gap && p < count; p++)
+        segment->gap[p] = 0;
     pk__path_tangents(segment, first, count, row, t, 0);
+    segment->tape.gap = NULL;
 }
 
 PK__INTERNAL void pk__path_probe(pk__path *segment, size_t first, size_t count, const size_t *row,
                                  const pk_real *t)
 {
     pk__path_tangents(segment, first, count, row, t, 1);
+}
+
+PK__INTERNAL size_t pk__path_sign_changes(pk__path *segment, size_t a, size_t b)
+{
+    size_t changes = 0;
+    for (size_t n = 1; n < segment->graph->node_count; n++) {
+        const pk_node *node = &segment->graph->nodes[n];
+        if (!pk__is_switch(node))
+            continue;
+        const size_t switches = node->operation->switch_count(node);
+        pk_real *at_a = segment->switch_values, *at_b = at_a + switches;
+        for (int end = 0; end < 2; end++) {
+            pk_call call;
+            pk__pass_call(&segment->tape, node, 1, 1, &call);
+            for (int j = 0; j < node->input_count; j++)
+                call.in[j] += (end ? b : a) * call.in_width[j];
+            call.out = end ? at_b : at_a;
+            node->operation->switches(&call);
+        }
+        for (size_t i = 0; i < switches; i++)
+            changes += (at_a[i] < 0 && at_b[i] > 0) || (at_a[i] > 0 && at_b[i] < 0);
+    }
+    return changes;
 }
 
 PK__INTERNAL void pk__path_reverse(pk__path *segment, size_t count, const pk_real *t, size_t copies)
@@ -23014,17 +23467,17 @@ PK__PRIVATE int pk__is_exact(const pk_graph *graph, const pk_readout *readout)
     return 1;
 }
 
-/* Names, and whether a number of nodes stands behind them. */
-enum { PK__NO_NODES, PK__MAY_HAVE_NODES, PK__NEEDS_NODES };
+/* Names; whether a number of nodes stands behind them, in decompositions and in kernels; and the least number. */
+enum { PK__NO_RULE, PK__NO_NODES, PK__MAY_HAVE_NODES, PK__NEEDS_NODES };
 static const struct {
     const char *name;
-    int nodes;
-} pk__rules[] = {[PK_RULE_AUTO] = {"auto", PK__NO_NODES},
-                 [PK_RULE_EXACT] = {"exact", PK__NO_NODES},
-                 [PK_RULE_GAUSS] = {"gauss", PK__NEEDS_NODES},
-                 [PK_RULE_MIDPOINT] = {"midpoint", PK__NEEDS_NODES},
-                 [PK_RULE_TRAPEZOID] = {"trapezoid", PK__NEEDS_NODES},
-                 [PK_RULE_LEFT] = {"left", PK__MAY_HAVE_NODES}};
+    int nodes, kernel_nodes, least;
+} pk__rules[] = {[PK_RULE_AUTO] = {"auto", PK__NO_NODES, PK__NO_NODES, 0},
+                 [PK_RULE_EXACT] = {"exact", PK__NO_NODES, PK__NO_RULE, 0},
+                 [PK_RULE_GAUSS] = {"gauss", PK__NEEDS_NODES, PK__NEEDS_NODES, 1},
+                 [PK_RULE_MIDPOINT] = {"midpoint", PK__NEEDS_NODES, PK__NEEDS_NODES, 1},
+                 [PK_RULE_TRAPEZOID] = {"trapezoid", PK__NEEDS_NODES, PK__MAY_HAVE_NODES, 2},
+                 [PK_RULE_LEFT] = {"left", PK__MAY_HAVE_NODES, PK__NO_NODES, 1}};
 enum { PK__RULES = (int)(sizeof pk__rules / sizeof *pk__rules) };
 
 PK_API const char *pk_rule_name(pk_rule rule)
@@ -23033,7 +23486,7 @@ PK_API const char *pk_rule_name(pk_rule rule)
 }
 
 /* ":N" behind the name of a rule; 0 where it is no number of nodes that the rule may have. */
-static int pk__rule_nodes(const char *text, int allowed, int *nodes)
+static int pk__rule_nodes(const char *text, int allowed, int least, int most, int *nodes)
 {
     *nodes = 0;
     if (!*text)
@@ -23041,32 +23494,48 @@ static int pk__rule_nodes(const char *text, int allowed, int *nodes)
     if (allowed == PK__NO_NODES || !text[1])
         return 0;
     for (const char *digit = text + 1; *digit; digit++) {
-        if (*digit < '0' || *digit > '9' || *nodes > PK_RULE_NODES)
+        if (*digit < '0' || *digit > '9' || *nodes > most)
             return 0;
         *nodes = 10 * *nodes + (*digit - '0');
     }
-    return *nodes >= 1 && *nodes <= PK_RULE_NODES;
+    return *nodes >= least && *nodes <= most;
 }
 
-PK_API pk_status pk_quadrature_parse(pk_context *context, const char *text, pk_quadrature *quadrature)
+/* How the rules of decompositions, or of kernels, are written. */
+PK__PRIVATE pk_status pk__rule_parse(pk_context *context, const char *text, int kernel,
+                                     pk_quadrature *quadrature)
 {
-    char names[128] = "";
+    char names[192] = "";
     if (!text || !quadrature)
         return pk__fail(context, PK_ARGUMENT, "quadrature: the text or the place for the rule is NULL");
     const size_t length = strcspn(text, ":");
     for (int i = 0; i < PK__RULES; i++) {
+        const int allowed = kernel ? pk__rules[i].kernel_nodes : pk__rules[i].nodes;
+        const int most = kernel && i == PK_RULE_GAUSS ? (int)PK_KERNEL_GAUSS_NODES
+                         : i == PK_RULE_GAUSS         ? (int)PK_GAUSS_NODES
+                                                      : (int)PK_RULE_NODES;
+        char range[48] = "";
         int nodes;
+        if (allowed == PK__NO_RULE)
+            continue;
         if (strlen(pk__rules[i].name) == length && strncmp(pk__rules[i].name, text, length) == 0 &&
-            pk__rule_nodes(text + length, pk__rules[i].nodes, &nodes)) {
+            pk__rule_nodes(text + length, allowed, pk__rules[i].least, most, &nodes)) {
             quadrature->rule = (pk_rule)i;
             quadrature->nodes = nodes;
             return PK_OK;
         }
-        snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s%s", i ? ", " : "",
-                 pk__rules[i].name, pk__rules[i].nodes == PK__NEEDS_NODES ? ":N" : "");
+        if (allowed != PK__NO_NODES)
+            snprintf(range, sizeof range, allowed == PK__NEEDS_NODES ? ":N (%d to %d)" : "[:N] (%d to %d)",
+                     pk__rules[i].least, most);
+        snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s%s", *names ? ", " : "",
+                 pk__rules[i].name, range);
     }
-    return pk__fail(context, PK_FORMAT, "'%.40s' is not a rule; these are: %s, with N from 1 to %d", text,
-                    names, (int)PK_RULE_NODES);
+    return pk__fail(context, PK_FORMAT, "'%.40s' is not a rule; these are: %s", text, names);
+}
+
+PK_API pk_status pk_quadrature_parse(pk_context *context, const char *text, pk_quadrature *quadrature)
+{
+    return pk__rule_parse(context, text, 0, quadrature);
 }
 
 PK_API pk_status pk_quadrature_check(pk_context *context, const pk_quadrature *quadrature,
@@ -23080,8 +23549,9 @@ PK_API pk_status pk_quadrature_check(pk_context *context, const pk_quadrature *q
     if (quadrature->rule == PK_RULE_GAUSS && quadrature->nodes > PK_GAUSS_NODES)
         return pk__fail(context, PK_ARGUMENT, "Gauss-Legendre with %d nodes; 1 to %d are possible",
                         quadrature->nodes, (int)PK_GAUSS_NODES);
-    if (quadrature->rule == PK_RULE_TRAPEZOID && quadrature->nodes == 1)
-        return pk__fail(context, PK_ARGUMENT, "the trapezoid rule needs at least 2 nodes");
+    if (quadrature->nodes && quadrature->nodes < pk__rules[quadrature->rule].least)
+        return pk__fail(context, PK_ARGUMENT, "the %s rule needs at least %d nodes",
+                        pk__rules[quadrature->rule].name, pk__rules[quadrature->rule].least);
     if (quadrature->rule == PK_RULE_EXACT && !pk__is_exact(graph, readout))
         return pk__fail(
             context, PK_UNSUPPORTED,
@@ -23354,8 +23824,9 @@ PK__PRIVATE void pk__adapt(pk__integrator *integrator)
 
 /* ---- whole steps, whose kinks are not looked for ------------------------------------------------------------ */
 
-/* The nodes of a whole step at most; failures one after the other that count. */
-enum { PK__WHOLE_NODES = 16, PK__WHOLE_FAILURES = 5 };
+/* Failures one after the other that count; in whole_target, how far the mean inputs of layers may be apart, and the gap beside kinks, which
+ * is more than what is missed there. */
+enum { PK__WHOLE_FAILURES = 5, PK__INPUTS_APART = 4, PK__KINKS_APART = 16 };
 
 /* Where the stretch of node `node` of the rule with `order` nodes on [a, b] begins: the ends of the stretches divide the piece as
  * its weights do. node == order: where the last one ends. */
@@ -23407,30 +23878,76 @@ static size_t pk__whole_points(pk__integrator *integrator, size_t next, size_t *
     return points;
 }
 
-/* What the next whole step of a row starts with, where this one took `nodes` nodes (0: it failed): half of them, for which the
- * rule with twice as many is the judge. Steps change slowly: after several failures one after the other, 2, 6, 14 .. steps are
- * not tried. */
-static void pk__plan_whole(pk__row_state *state, int nodes)
+/* How many numbers of integrator->whole_sums a piece has. */
+PK__PRIVATE size_t pk__whole_numbers(const pk_graph *graph, size_t readouts)
 {
-    if (nodes) {
-        state->whole_nodes = (unsigned char)(nodes > 1 ? nodes / 2 : 1);
-        state->whole_failed = 0;
-        return;
-    }
-    state->whole_failed = (unsigned char)(state->whole_failed + (state->whole_failed < PK__WHOLE_FAILURES));
-    state->whole_wait = (unsigned char)((1 << state->whole_failed) - 2);
+    return 2 * readouts + PK__PROJECTIONS * graph->layers;
 }
 
-/* sums (2 x readouts of the row, the first of them along the step, or along the probe) := those of the rule with the nodes from
- * `first` on. Returns the largest difference to what was there. */
-static double pk__whole_difference(pk__integrator *integrator, size_t first, const pk__piece *piece, int probe)
+/* How much of the values between layers the rule with the nodes from number `first` of the test on may miss beside the kinks. */
+static double pk__whole_gap(const pk__integrator *integrator, size_t first, const pk__piece *piece)
 {
+    const double *w = integrator->gauss_weights + piece->order * (piece->order - 1) / 2;
+    double sum = 0;
+    for (int q = 0; q < piece->order; q++) {
+        const double gap = w[q] * integrator->path.gap[first + (size_t)q];
+        sum += gap * gap;
+    }
+    return sqrt(sum) * (piece->b - piece->a);
+}
+
+/* The layers' mean inputs by the rule with the nodes from `first` on, projected on vectors of random signs, become those of piece
+ * number `at`. Returns how far they are from what was there: the largest over the layers, relative to the size of the inputs. */
+static double pk__whole_inputs(pk__integrator *integrator, size_t first, size_t at)
+{
+    const pk_graph *graph = integrator->path.graph;
+    const pk__piece *piece = &integrator->pieces.piece[at];
+    const size_t readouts = pk_readout_count(&integrator->readout, graph->output_width);
+    pk_real *before = integrator->whole_sums + at * pk__whole_numbers(graph, readouts) + 2 * readouts;
+    const double *w = integrator->gauss_weights + piece->order * (piece->order - 1) / 2;
+    double largest = 0;
+    for (size_t l = 0; l < graph->layers; l++, before += PK__PROJECTIONS) {
+        const pk_node *node = &graph->nodes[graph->nodes[l].layer_node];
+        const size_t width = graph->nodes[node->inputs[0]].width;
+        const pk_real *value = integrator->path.tape.value[node->inputs[0]] + first * width;
+        double sum[PK__PROJECTIONS] = {0}, size = 0, apart = 0;
+        if (node->input_constant)
+            continue;
+        for (int q = 0; q < piece->order; q++, value += width) {
+            uint32_t random = 1;
+            double part[PK__PROJECTIONS] = {0};
+            for (size_t i = 0; i < width; i++) {
+                const double a = value[i];
+                random = random * 1664525u + 1013904223u;
+                part[0] += random >> 31 ? -a : a;
+                part[1] += random >> 30 & 1 ? -a : a;
+                size += w[q] * a * a;
+            }
+            for (int k = 0; k < PK__PROJECTIONS; k++)
+                sum[k] += w[q] * part[k];
+        }
+        for (int k = 0; k < PK__PROJECTIONS; k++) {
+            apart = pk__larger(fabs(sum[k] - (double)before[k]), apart);
+            before[k] = (pk_real)sum[k];
+        }
+        if (apart > 0)
+            largest = pk__larger(apart / sqrt(size), largest);
+    }
+    return largest * (piece->b - piece->a);
+}
+
+/* The sums of the rule with the nodes from `first` on, along the step or along the probe, become those of piece number `at`. Returns
+ * the largest difference to what was there. */
+static double pk__whole_difference(pk__integrator *integrator, size_t first, size_t at, int probe)
+{
+    const pk__piece *piece = &integrator->pieces.piece[at];
     const size_t count = pk_readout_count(&integrator->readout, integrator->path.graph->output_width);
-    pk_real *before = integrator->whole_sums + (2 * piece->row + (size_t)probe) * count,
+    pk_real *before = integrator->whole_sums + at * pk__whole_numbers(integrator->path.graph, count) +
+                      (size_t)probe * count,
             *value = integrator->h, *sum = value + count;
     double largest = 0;
     memset(sum, 0, count * sizeof *sum);
-    pk__sum_nodes(integrator, first, piece->row, 1, piece->order, value, sum, NULL, NULL);
+    pk__sum_nodes(integrator, first, piece->row, piece->b - piece->a, piece->order, value, sum, NULL, NULL);
     for (size_t k = 0; k < count; k++) {
         largest = pk__larger(fabs((double)sum[k] - (double)before[k]), largest);
         before[k] = sum[k];
@@ -23438,47 +23955,70 @@ static double pk__whole_difference(pk__integrator *integrator, size_t first, con
     return largest;
 }
 
-/* What the tests of a whole step decide, of which `reference` is the closure of the rule before, with `family` nodes (0: there is
- * none), `missed` that of this rule, and `error` the difference of the two: one of them is accepted, or a rule with more nodes is
- * tested, or (order 0) the kinks are looked for. 1: a test follows.
+/* So many nodes a piece may take whose kinks are not looked for: at most a part of what it would take between its kinks, since tests
+ * cost, too. */
+static double pk__whole_limit(const pk__integrator *integrator, const pk__piece *piece)
+{
+    const int fixed = integrator->fixed_order;
+    const double most = PK__WHOLE_PARTS * PK__WHOLE_NODES * (piece->b - piece->a),
+                 split = (double)(piece->kinks + 1) * (fixed ? fixed : 1);
+    return 0.7 * split > most ? most : 0.7 * split > 1 ? 0.7 * split : 1;
+}
+
+/* The error that a piece may have whose kinks are not looked for. */
+static double pk__whole_allowed(const pk__integrator *integrator, const pk__piece *piece)
+{
+    return pk__larger(integrator->whole_target * piece->size, integrator->whole_least *
+                                                                  integrator->state[piece->row].change *
+                                                                  (piece->b - piece->a));
+}
+
+/* What the tests of a piece decide, of which `reference` is the closure of the rule before, with `family` nodes (0: there is none),
+ * `missed` that of this rule, and `error` the difference of the two: one of them is accepted, or a rule with more nodes is
+ * tested, or (order 0) the piece is halved, if so many nodes as `reference` are worth it, or its kinks are looked for. 1: a test
+ * follows.
  *
  * Mean slopes make the closure of each rule nearly an identity (its error is of the same order as theirs, but smaller), so that
  * the difference of two rules judges, too, along the step and along the probe. Errors fall about like the square of the
- * number of nodes: that of the rule with fewer nodes is the difference, that of the other a part of it. */
+ * number of nodes: that of the rule with fewer nodes is the difference, that of the other a part of it. An example's gradient
+ * may be large where the step hardly goes; so the layers' mean inputs by the two rules must agree, too. */
 static int pk__decide_whole(pk__integrator *integrator, pk__piece *piece)
 {
     pk__row_state *state = &integrator->state[piece->row];
     const int nodes = piece->order, before = (int)piece->family;
     const double floor = PK__MEASURABLE * PK__EPSILON * (state->height + piece->size),
-                 allowed = pk__larger(integrator->whole_target * piece->size, integrator->whole_least * state->change);
-    if (!(floor <= allowed) || !isfinite(piece->missed)) { /* rounding of h hides what the closure is to show */
-        piece->order = 0;
-        return 0;
-    }
+                 allowed = pk__whole_allowed(integrator, piece);
+    const double apart = piece->inputs_apart * allowed / (PK__INPUTS_APART * integrator->whole_target);
     double error = piece->missed;
     if (before) {
         const double ratio = (double)nodes / before;
+        piece->error = pk__larger(apart, piece->error);
         error = pk__larger(piece->error / (ratio * ratio - 1), piece->missed);
-        if (piece->error <= allowed && piece->reference <= allowed)
-            piece->order = (unsigned char)before;
-        if (piece->order == before || error <= allowed) {
-            pk__accept_in_sequence(integrator, piece, 0);
-            return 0;
-        }
     }
-    const double wanted = nodes * sqrt(error / allowed);
-    if (nodes == PK__WHOLE_NODES || !(wanted <= 2 * PK__WHOLE_NODES)) {
-        piece->order = 0;
+    /* Where the rounding of h hides what the closure is to show, nothing can be judged. */
+    const double limit = pk__whole_limit(integrator, piece);
+    const int judged = floor <= allowed && isfinite(error);
+    if (judged && before && piece->error <= allowed && piece->reference <= allowed)
+        piece->order = (unsigned char)before;
+    if (judged && before && piece->order <= limit && (piece->order == before || error <= allowed)) {
+        pk__accept_in_sequence(integrator, piece, 0);
         return 0;
     }
-    const int next = 2 * nodes > (int)wanted ? 2 * nodes : (int)wanted;
+    const double wanted = judged ? nodes * sqrt(error / allowed) : INFINITY;
+    const int next = 2 * nodes > (int)fmin(wanted, PK__WHOLE_NODES) ? 2 * nodes : (int)fmin(wanted, PK__WHOLE_NODES);
+    if (nodes == PK__WHOLE_NODES || !(wanted <= 2 * PK__WHOLE_NODES) ||
+        !(next <= limit || nodes == 1)) {
+        piece->order = 0;
+        piece->reference = wanted;
+        return 0;
+    }
     piece->family = nodes;
     piece->reference = piece->missed;
     piece->order = (unsigned char)(next < PK__WHOLE_NODES ? next : PK__WHOLE_NODES);
     return 1;
 }
 
-/* Tests every whole step that is open. Whether some is to be tested again. */
+/* Tests every piece that is open, without a look at its kinks. Whether some is to be tested again. */
 static int pk__test_whole(pk__integrator *integrator)
 {
     pk__path *path = &integrator->path;
@@ -23505,16 +24045,24 @@ static int pk__test_whole(pk__integrator *integrator)
                     continue;
                 if (!probe) {
                     const pk__judgement found =
-                        pk__judge(integrator, point, end, end + own, piece->row, 1, (int)own, 0, state->height);
-                    pk__keep_ends(integrator, piece->row);
+                        pk__judge(integrator, point, end, end + own, piece->row,
+                                  (double)(pk_real)piece->b - (double)(pk_real)piece->a, (int)own, 0, state->height);
+                    if (piece->a == 0 && piece->b == 1)
+                        pk__keep_ends(integrator, piece->row);
                     piece->size = found.size;
-                    piece->missed = found.error;
                     if (isfinite(found.height))
                         state->height = pk__larger(found.height, state->height);
                     if (isfinite(found.size))
                         state->change = pk__larger(found.size, state->change);
+                    /* A kink whose stretch is hardly seen by the nodes, near an end of the step, shows in the values at the ends. */
+                    const double allowed = pk__whole_allowed(integrator, piece);
+                    piece->missed = pk__larger(pk__whole_gap(integrator, point - start, piece) * allowed /
+                                                   (PK__KINKS_APART * integrator->whole_target),
+                                               found.error);
+                    piece->inputs_apart = pk__whole_inputs(integrator, point, i);
+                    piece->kinks = pk__path_sign_changes(path, end, end + own);
                 }
-                const double difference = pk__whole_difference(integrator, point, piece, probe);
+                const double difference = pk__whole_difference(integrator, point, i, probe);
                 piece->error = probe ? pk__larger(difference, piece->error) : difference;
                 point += own;
                 end += own + 1;
@@ -23526,27 +24074,85 @@ static int pk__test_whole(pk__integrator *integrator)
     return again;
 }
 
-/* Tests the whole steps of the rows, which are `pieces`: those that pass are accepted, and the others have order 0. */
+/* Halves the pieces that failed, where that is promising. Whether there are any. */
+static int pk__halve_whole(pk__integrator *integrator)
+{
+    pk__pieces *pieces = &integrator->pieces;
+    const size_t count = pieces->count;
+    int some = 0;
+    for (size_t i = 0; i < count; i++) {
+        pk__piece *piece = &pieces->piece[i];
+        const double length = piece->b - piece->a, middle = 0.5 * (piece->a + piece->b), wanted = piece->reference;
+        if (piece->accepted || piece->order || PK__WHOLE_PARTS * length < 2 ||
+            !(wanted <= pk__whole_limit(integrator, piece)))
+            continue;
+        /* a quarter of what is wanted of each half, for the first rule */
+        piece->order = (unsigned char)(wanted < 16 ? 1 : wanted < 64 ? (int)(wanted / 8) : 8);
+        piece->family = piece->reference = 0;
+        pk__piece *half = &pieces->piece[pieces->count++];
+        *half = *piece;
+        piece->b = half->a = middle;
+        some = 1;
+    }
+    return some;
+}
+
+/* What the next step of a row starts with, where this one took `nodes` nodes in each of 2^depth parts at most (0: most of it
+ * failed): half of them, for which the rule with twice as many is the judge. Steps change slowly: after several failures one after
+ * the other, 2, 6, 14 .. steps are not tried. */
+static void pk__plan_whole(pk__row_state *state, int nodes, int depth)
+{
+    if (nodes) {
+        const int fewer = depth > 0 && nodes <= PK__WHOLE_NODES / 4;
+        state->whole_nodes = (unsigned char)(nodes > 1 ? fewer ? nodes : nodes / 2 : 1);
+        state->whole_depth = (unsigned char)(depth - fewer);
+        state->whole_failed = 0;
+        return;
+    }
+    state->whole_failed = (unsigned char)(state->whole_failed + (state->whole_failed < PK__WHOLE_FAILURES));
+    state->whole_wait = (unsigned char)((1 << state->whole_failed) - 2);
+}
+
+/* Tests the steps of the rows without a look at their kinks, as wholes or in parts. Of `pieces` then, those that passed are accepted;
+ * the others are to be split. */
 PK__PRIVATE void pk__adapt_whole(pk__integrator *integrator)
 {
     pk__pieces *pieces = &integrator->pieces;
-    for (size_t i = 0; i < pieces->count; i++) {
-        pk__piece *piece = &pieces->piece[i];
-        const pk__row_state *state = &integrator->state[piece->row];
-        piece->unsplit = 1;
-        piece->family = 0;
-        piece->order = state->whole_wait ? 0 : state->whole_nodes ? state->whole_nodes : 1;
+    const size_t rows = integrator->path.rows;
+    pieces->count = 0;
+    for (size_t row = 0; row < rows; row++) {
+        const pk__row_state *state = &integrator->state[row];
+        const int parts = state->whole_wait ? 1 : 1 << state->whole_depth;
+        for (int part = 0; part < parts; part++) {
+            pk__piece *piece =
+                pk__pieces_push(pieces, row, (double)part / parts, (double)(part + 1) / parts);
+            piece->unsplit = 1;
+            piece->reference = INFINITY;
+            piece->order = state->whole_wait ? 0 : state->whole_nodes ? state->whole_nodes : 1;
+        }
     }
-    while (pk__test_whole(integrator))
-        ;
-    for (size_t i = 0; i < pieces->count; i++) {
-        const pk__piece *piece = &pieces->piece[i];
-        pk__row_state *state = &integrator->state[piece->row];
-        if (!piece->accepted && state->whole_wait)
+    do
+        while (pk__test_whole(integrator))
+            ;
+    while (pk__halve_whole(integrator));
+    for (size_t row = 0; row < rows; row++) {
+        pk__row_state *state = &integrator->state[row];
+        int nodes = 0, depth = 0;
+        double passed = 0; /* part of the step */
+        for (size_t i = 0; i < pieces->count; i++) {
+            const pk__piece *piece = &pieces->piece[i];
+            if (piece->row != row)
+                continue;
+            nodes = piece->order > nodes ? piece->order : nodes;
+            while (piece->b - piece->a < 0.75 / (1 << depth))
+                depth++;
+            passed += piece->accepted ? piece->b - piece->a : 0;
+            state->step_change += piece->accepted ? piece->size : 0;
+        }
+        if (state->whole_wait)
             state->whole_wait--;
         else
-            pk__plan_whole(state, piece->accepted ? piece->order : 0);
-        state->step_change += piece->accepted ? piece->size : 0;
+            pk__plan_whole(state, passed < 0.5 ? 0 : nodes, depth);
     }
 }
 
@@ -23597,9 +24203,10 @@ PK__INTERNAL void pk__integrator_take(pk__arena *arena, const pk_graph *graph, s
     integrator->h = pk__arena_take(arena, copies, 5 * sizeof *integrator->h);
     integrator->ends = pk__arena_take(arena, rows, 2 * copies * sizeof *integrator->ends);
     integrator->has_ends = pk__arena_take(arena, rows, 1);
-    integrator->whole_sums = pk__arena_take(arena, rows, 2 * copies * sizeof *integrator->whole_sums);
+    const size_t sums = pk__whole_numbers(graph, copies), whole_pieces = PK__WHOLE_PARTS * rows;
+    integrator->whole_sums = pk__arena_take(arena, whole_pieces, sums * sizeof *integrator->whole_sums);
     if (integrator->whole_sums)
-        memset(integrator->whole_sums, 0, rows * 2 * copies * sizeof *integrator->whole_sums);
+        memset(integrator->whole_sums, 0, whole_pieces * sums * sizeof *integrator->whole_sums);
 }
 
 /* One behind the last of the points from p on that are of its row. */
@@ -23823,17 +24430,14 @@ static void pk__measure_pieces(pk__integrator *integrator)
 static void pk__take_whole(pk__integrator *integrator)
 {
     pk__pieces *pending = &integrator->pending, *pieces = &integrator->pieces;
-    size_t left = 0;
-    pieces->count = pending->count;
     integrator->sequence_count = 0;
-    for (size_t i = 0; i < pending->count; i++)
-        pieces->piece[i] = pending->piece[i];
     pk__adapt_whole(integrator);
+    pending->count = 0;
     for (size_t i = 0; i < pieces->count; i++)
         if (!pieces->piece[i].accepted)
-            pending->piece[left++] = pending->piece[i];
-    integrator->split_pieces += pieces->count - left;
-    pending->count = left;
+            (void)pk__pieces_push(pending, pieces->piece[i].row, pieces->piece[i].a, pieces->piece[i].b);
+    pk__sort_pieces(pending, pk__precedes_by_place);
+    integrator->split_pieces += pieces->count - pending->count;
     pk__hand_over(integrator, pieces->piece, integrator->sequence, integrator->sequence_count);
 }
 
@@ -24080,7 +24684,7 @@ PK__INTERNAL int pk__layer_by_rows(const pk__representation *representation, con
         return 0;
     if (node->tangent_form != PK_TANGENT_OUTER)
         return 1;
-    if (representation->materialised)
+    if (representation->materialized)
         return representation->batch <= ((size_t)1 << 25) / node->weight_count;
     const double places = (double)node->positions, in = (double)node->fan_in, out = (double)node->fan_out;
     const double outputs = (double)representation->outputs, batch = (double)representation->batch, points = 5;
@@ -24117,7 +24721,7 @@ PK__INTERNAL void pk__examples_take(pk__arena *arena, const pk_graph *graph, siz
     }
 }
 
-/* Examples that go through the network at one time: a block of them, or about 2^20 numbers of values. */
+/* The number of examples that go through the network at one time: a block of them, or about 2^20 values. */
 static size_t pk__example_rows(const pk_graph *graph)
 {
     size_t numbers = 1;
@@ -24145,8 +24749,11 @@ PK__INTERNAL void pk__example_workspace_take(pk__arena *arena, const pk_graph *g
     workspace->row_gradients = pk__arena_take(arena, most, rows * sizeof(pk_real));
 }
 
-PK__INTERNAL void pk__examples_begin(pk__examples *examples, const pk_batch *batch)
+PK__INTERNAL void pk__examples_begin(pk__examples *examples, const pk_batch *batch, const pk_array *recorded,
+                                     size_t row)
 {
+    examples->recorded = recorded;
+    examples->recorded_row = row;
     examples->count = batch->count;
     examples->items = batch->items;
     examples->consecutive = 1;
@@ -24174,6 +24781,8 @@ PK__PRIVATE void pk__node_places(const pk__tape *tape, const pk_node *node, size
                                  pk_real *places, pk_real *deltas)
 {
     const size_t positions = node->positions, out = node->fan_out;
+    const int channels = node->operation->channels_first;
+    const size_t next_place = channels ? 1 : out, next_unit = channels ? positions : 1;
     const pk_real *from = tape->cotangent[node - tape->graph->nodes] + row * copies * node->width;
     pk_call call;
     pk__pass_call(tape, node, 1, copies, &call);
@@ -24183,11 +24792,13 @@ PK__PRIVATE void pk__node_places(const pk__tape *tape, const pk_node *node, size
         node->operation->unfold(&call);
     else
         memcpy(places, call.in[0], call.in_width[0] * sizeof *places);
-    for (size_t k = 0; k < copies; k++)
-        for (size_t q = 0; q < positions; q++)
+    for (size_t k = 0; k < copies; k++, from += node->width)
+        for (size_t q = 0; q < positions; q++) {
+            const pk_real *at = from + q * next_place;
+            pk_real *to = deltas + (q * copies + k) * out;
             for (size_t j = 0; j < out; j++)
-                deltas[(q * copies + k) * out + j] =
-                    from[k * node->width + (node->operation->channels_first ? j * positions + q : q * out + j)];
+                to[j] = at[j * next_unit];
+        }
 }
 
 PK__INTERNAL void pk__examples_perturb(size_t count, const pk_real *weights, pk_real *perturbed)
@@ -24204,7 +24815,7 @@ PK__INTERNAL void pk__examples_perturb(size_t count, const pk_real *weights, pk_
     }
 }
 
-/* Twice the change that was seen: random changes are half as large as they may be. */
+/* The observed change counts twice, because random changes are half as large as the largest on average. */
 PK__INTERNAL void pk__examples_magnitude(const pk__examples *from, const pk_graph *graph, pk__examples *to)
 {
     for (size_t l = 0; l < graph->layers; l++) {
@@ -24233,7 +24844,7 @@ PK__INTERNAL void pk__examples_sum(const pk__examples *examples, const pk_graph 
                     to[i] += examples->rows[l][i * ld + b];
             continue;
         }
-        /* A panel's place q after the other: the features of a panel stand by places. */
+        /* One place of a panel after the other, because the features of a panel are sorted by place. */
         for (size_t q = 0; q < pk__blocks(count, PK_PANEL) * node->positions; q++) {
             const pk_real *input = examples->input[l] + q * in * PK_PANEL;
             const pk_real *cotangent = examples->cotangent[l] + q * out * PK_PANEL;
@@ -24245,7 +24856,7 @@ PK__INTERNAL void pk__examples_sum(const pk__examples *examples, const pk_graph 
     }
 }
 
-/* The factors of count examples from column first on; room: places x (fan_in + fan_out). */
+/* Stores the factors of `count` examples in the columns from `first` on. room: places x (fan_in + fan_out) numbers. */
 static void pk__fill_places(const pk__tape *tape, const pk_node *node, size_t count, pk_real *room,
                             pk__examples *examples, size_t first)
 {
@@ -24257,7 +24868,7 @@ static void pk__fill_places(const pk__tape *tape, const pk_node *node, size_t co
     }
 }
 
-/* Columns first .. first + count - 1, as many as the workspace holds. */
+/* Fills the columns [first, first + count), at most as many as the workspace holds. */
 static void pk__fill_rows(pk__examples *examples, const pk_graph *graph, const pk_criterion *criterion,
                           const pk_real *seeds_at, const pk_real *weights, const pk_dataset *data,
                           const pk_batch *batch, size_t first, size_t count, pk__example_workspace *workspace,
@@ -24267,7 +24878,11 @@ static void pk__fill_rows(pk__examples *examples, const pk_graph *graph, const p
     pk__tape *tape = &workspace->tape;
     const pk__line line = {weights, NULL, NULL}, seeds_line = {seeds_at, NULL, NULL};
     pk_dataset_inputs(data, batch->items + first, count, workspace->inputs);
-    pk_criterion_targets(criterion, data, batch->items + first, count, outputs, workspace->targets);
+    if (examples->recorded)
+        pk_array_reals(examples->recorded, (examples->recorded_row + first) * outputs, count * outputs,
+                       workspace->targets);
+    else
+        pk_criterion_targets(criterion, data, batch->items + first, count, outputs, workspace->targets);
     pk__pass_forward(tape, &seeds_line, count, workspace->inputs);
     const pk_real *f = pk__pass_output(tape);
     pk_real *seed = pk__pass_seed(tape);
@@ -25395,8 +26010,8 @@ PK__BEGIN_COLD_CODE
 
 PK__INTERNAL size_t pk__integral_block(const pk_graph *graph, size_t outputs)
 {
-    /* What is in memory of them at one time stays in the second-level cache. Examples of wide layers do not, and are worth
-     * fetching for more rows. */
+    /* What a block has in memory at one time stays in the second-level cache. The examples' factors of wide layers do not,
+     * so that it pays to use them for more rows once they are fetched. */
     size_t widest = 0;
     for (size_t l = 0; l < graph->layers; l++) {
         const pk_node *node = pk_graph_layer(graph, l);
@@ -25411,13 +26026,13 @@ PK__INTERNAL size_t pk__integral_unit(size_t outputs, size_t parameters)
     return pk__max(1, pk__min(outputs, ((size_t)1 << 17) / pk__max(parameters, 1)));
 }
 
-/* Points of one batch: enough rows for the products to run at speed, few enough for the cache. */
+/* The number of points in a batch: enough for fast products, and few enough for the cache. */
 static size_t pk__point_capacity(size_t outputs)
 {
     return pk__max(PK_GAUSS_NODES + 2, pk__min(256, 640 / pk__max(outputs, 1)));
 }
 
-/* Of those, points whose cotangents are in memory at one time: about 2^21 numbers, or one point. */
+/* The number of these points whose cotangents are in memory at one time: about 2^21 numbers, or one point. */
 static size_t pk__reverse_points(const pk_graph *graph, size_t points, size_t outputs)
 {
     size_t numbers = 1;
@@ -25431,7 +26046,7 @@ static pk__layer_kind pk__layer_kind_of(const pk_node *node, const pk_readout *r
                                         const pk__representation *representation)
 {
     /* Phi of a shared tensor is the sum over its uses, so it is needed as a whole. */
-    if (pk__layer_by_rows(representation, node) || (representation->materialised && !pk__is_outer(node)) ||
+    if (pk__layer_by_rows(representation, node) || (representation->materialized && !pk__is_outer(node)) ||
         node->shares)
         return PK__LAYER_ROWS;
     if (bounds || !pk__is_outer(node))
@@ -25442,19 +26057,19 @@ static pk__layer_kind pk__layer_kind_of(const pk_node *node, const pk_readout *r
                                                                             : PK__LAYER_POINTS;
 }
 
-/* Points of a layer used at several places, whose factors are in memory at one time. */
+/* The number of points whose factors are in memory at one time, for a layer used at several places. */
 PK__PRIVATE size_t pk__place_points(const pk_node *node, size_t outputs)
 {
     return pk__max(1, ((size_t)1 << 16) / (node->positions * (node->fan_in + outputs * node->fan_out)));
 }
 
-/* A layer used at several places, where it is not by rows. */
+/* Whether a layer is used at several places and has outer products, rather than gradients by rows. */
 PK__PRIVATE int pk__is_used_at_places(const pk__integral *integral, size_t layer)
 {
     return integral->layer[layer].kind == PK__LAYER_POINTS && !pk__is_outer(integral->layer[layer].node);
 }
 
-/* Memory of one layer; measures where the integral has no layers yet. */
+/* Takes the memory of one layer. */
 static void pk__layer_take(pk__arena *arena, const pk__integral *integral, pk__layer_kind kind, int phi_wanted,
                            pk__layer_integral *layer)
 {
@@ -25473,7 +26088,7 @@ static void pk__layer_take(pk__arena *arena, const pk__integral *integral, pk__l
 }
 
 PK__INTERNAL void pk__integral_take(pk__arena *arena, const pk_graph *graph, const pk_readout *readout,
-                                    size_t rows, size_t materialise, size_t unit, int bounds,
+                                    size_t rows, size_t materialize, size_t unit, int bounds,
                                     const pk__representation *representation, pk__integral *integral)
 {
     const size_t outputs = pk_readout_count(readout, graph->output_width), real = sizeof(pk_real);
@@ -25484,7 +26099,7 @@ PK__INTERNAL void pk__integral_take(pk__arena *arena, const pk_graph *graph, con
     integral->outputs = outputs;
     integral->row_capacity = rows;
     integral->unit = unit;
-    integral->output_capacity = integral->output_count = materialise ? materialise : outputs;
+    integral->output_capacity = integral->output_count = materialize ? materialize : outputs;
     integral->bounds = bounds;
     integral->allowance = pk__rounding_allowance(graph);
     integral->reverse_points = pk__reverse_points(graph, points, outputs);
@@ -25499,7 +26114,7 @@ PK__INTERNAL void pk__integral_take(pk__arena *arena, const pk_graph *graph, con
         const int at_places =
             node->tangent_form == PK_TANGENT_OUTER && (!pk__is_outer(node) || kind == PK__LAYER_ROWS);
         const int phi_wanted =
-            kind == PK__LAYER_ROWS || (kind == PK__LAYER_POINTS && !at_places && (materialise || bounds));
+            kind == PK__LAYER_ROWS || (kind == PK__LAYER_POINTS && !at_places && (materialize || bounds));
         memset(layer, 0, sizeof *layer);
         layer->node = node;
         if (kind == PK__LAYER_POINTS && !bounds && readout->kind != PK_READOUT_FUNCTION)
@@ -25530,7 +26145,7 @@ PK__INTERNAL void pk__integral_take(pk__arena *arena, const pk_graph *graph, con
     pk__points_take(arena, integral->integrator.path.point_capacity, bounds, &integral->sorted);
 }
 
-/* How a layer is contracted in a step: the cost model, with the points per row of the last step. */
+/* Decides how a layer is multiplied with the examples in a step: the cost model, with the points per row of the last step. */
 PK__PRIVATE void pk__choose_form(pk__integral *integral, size_t layer, const pk__integral_step *step)
 {
     const pk_node *node = integral->layer[layer].node;
@@ -25539,7 +26154,8 @@ PK__PRIVATE void pk__choose_form(pk__integral *integral, size_t layer, const pk_
     double in = (double)node->fan_in, out = (double)node->width;
     double outputs = (double)integral->outputs, batch = step->examples ? (double)step->examples : 1;
     double points = (double)integral->integrator.points_last / (double)pk__max(integral->rows, 1);
-    /* Flops a row. What is done with a tile of registers costs about 8 flops a number; few points make small tiles. */
+    /* Flops per row. An operation on a tile in registers costs about 8 flops for each number of it; with few points tiles
+     * are small. */
     double factored = points * batch * (2 * (outputs * out + in) + 8 * outputs);
     double outside = batch * (points * 2 * in + out * (6 * points + 8) + 4 * outputs * out);
     double integrated = 3 * points * outputs * out * in + batch * outputs * out * (2 * in + 8);
@@ -25562,7 +26178,7 @@ PK__END_COLD_CODE
 #include <string.h>
 PK__BEGIN_CODE
 
-/* F(direction, a) of every row for a layer on data, which the segment has where it goes along that direction; else NULL. */
+/* F(direction, a) of every row for a layer on data, if the path has computed it already; else NULL. */
 static const pk_real *pk__known_product(const pk__integral *integral, size_t layer, const pk_real *direction)
 {
     const pk__path *segment = &integral->integrator.path;
@@ -25574,7 +26190,7 @@ static const pk_real *pk__known_product(const pk__integral *integral, size_t lay
                                            : NULL;
 }
 
-/* pk__pass_transpose of a direction where it is at hand. */
+/* pk__pass_transpose of a direction, if it has been computed already; else NULL. */
 static const pk_real *pk__known_transposed(const pk__integral *integral, const pk_real *direction)
 {
     const pk__path *segment = &integral->integrator.path;
@@ -25585,7 +26201,7 @@ static const pk_real *pk__known_transposed(const pk__integral *integral, const p
                                              : NULL;
 }
 
-/* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p) for one layer at points, or rows where row == NULL. */
+/* along[v][row, k] += w_p delta_p,k . F(direction_v, a_p) for the points of one layer; with row == NULL for its rows. */
 PK__PRIVATE void pk__add_along(pk__integral *integral, size_t layer, size_t count, const size_t *row,
                                const pk_real *weight, const pk_real *input, const pk_real *delta,
                                const pk_real *bias_scale)
@@ -25612,14 +26228,14 @@ PK__PRIVATE void pk__add_along(pk__integral *integral, size_t layer, size_t coun
     }
 }
 
-/* phi = or, unless fresh, += sum_p w_p delta_p (x) a_p over count points of one row, of the chosen outputs. */
+/* phi = (fresh) or += (not fresh) sum_p w_p delta_p (x) a_p over `count` points of one row, for the chosen outputs. */
 static void pk__add_outer(pk__integral *integral, const pk_node *node, size_t count, const pk_real *weight,
                           const pk_real *a, const pk_real *delta, int fresh, pk_real *phi)
 {
     size_t out = node->width, in = node->fan_in, outputs = integral->outputs;
     const size_t chosen = integral->output_count;
     delta += integral->first_output * out;
-    /* Weighted inputs, so that one product serves a unit of outputs. */
+    /* The inputs are weighted, so that one product is enough for a unit of outputs. */
     for (size_t p = 0; p < count; p++)
         for (size_t j = 0; j < in; j++)
             integral->weighted[p * in + j] = weight[p] * a[p * in + j];
@@ -25636,7 +26252,7 @@ static void pk__add_outer(pk__integral *integral, const pk_node *node, size_t co
     }
 }
 
-/* Phi of one row from its points first .. last - 1, and what bounds its error. */
+/* Computes Phi of one row from its points [first, last), and what bounds its error. */
 static void pk__add_phi(pk__integral *integral, size_t layer, const pk__points *points, size_t first,
                         size_t last)
 {
@@ -25653,7 +26269,7 @@ static void pk__add_phi(pk__integral *integral, size_t layer, const pk__points *
         return;
     pk__add_outer(integral, node, count, points->check + first, a, delta, fresh,
                   integral->layer[layer].check + at);
-    /* The sizes: absolute values of the factors, weighted by the rounding allowance and the kinks' slack. */
+    /* Sums of absolute values of the factors, weighted by the rounding allowance and by the uncertainty of the kinks. */
     pk_real *sizes = integral->scratch, *weight = integral->sorted.slack;
     for (size_t p = 0; p < count; p++)
         weight[p] = (pk_real)(integral->allowance * fabs(points->weight[first + p]) + points->slack[first + p]);
@@ -25686,7 +26302,7 @@ PK__PRIVATE void pk__add_along_places(pk__integral *integral, size_t layer, cons
     }
 }
 
-/* Phi of a layer used at several places, point by point: products over many places of a few points each. */
+/* Computes Phi of a layer used at several places: for a few points at a time, one product over all their places. */
 static void pk__add_rows_places(pk__integral *integral, size_t layer, const pk__points *points)
 {
     const pk_node *node = integral->layer[layer].node;
@@ -25715,7 +26331,7 @@ static void pk__add_rows_places(pk__integral *integral, size_t layer, const pk__
     }
 }
 
-/* Phi of a layer whose gradients are materialised point by point. */
+/* Computes Phi of a layer whose gradients are materialized point by point. */
 static void pk__add_rows(pk__integral *integral, size_t layer, const pk__points *points)
 {
     const pk_node *node = integral->layer[layer].node;
@@ -25749,7 +26365,7 @@ static void pk__add_rows(pk__integral *integral, size_t layer, const pk__points 
     }
 }
 
-/* along[v][row, k] += < Phi, direction_v > of the chosen outputs of a layer by rows, whose Phi is complete. */
+/* along[v][row, k] += < Phi, direction_v > for the chosen outputs of a layer by rows, after its Phi is complete. */
 PK__PRIVATE void pk__add_along_rows(pk__integral *integral, size_t layer)
 {
     const pk_node *node = integral->layer[layer].node;
@@ -25761,7 +26377,7 @@ PK__PRIVATE void pk__add_along_rows(pk__integral *integral, size_t layer)
                      integral->along[v] + row * integral->outputs + integral->first_output);
 }
 
-/* Points of one row side by side: products over a row's points need them so. Stable. */
+/* Sorts the points by row, because products over the points of a row need them side by side. The order within a row stays. */
 PK__PRIVATE const pk__points *pk__sort_points(pk__integral *integral, const pk__points *points)
 {
     int sorted = 1;
@@ -25792,7 +26408,7 @@ PK__PRIVATE const pk__points *pk__sort_points(pk__integral *integral, const pk__
     return to;
 }
 
-/* Sums of layers whose input or cotangent does not change: sum_p w_p delta_p, or delta and sum_p w_p a_p. */
+/* Adds to the sums of a layer whose input or cotangent does not change: sum_p w_p delta_p, or delta and sum_p w_p a_p. */
 static void pk__add_ends(pk__integral *integral, size_t layer, const pk__points *points)
 {
     const pk_node *node = integral->layer[layer].node;
@@ -25813,7 +26429,7 @@ static void pk__add_ends(pk__integral *integral, size_t layer, const pk__points 
     }
 }
 
-/* The sums of one layer over the points in memory. */
+/* Adds the points in memory to the sums of one layer. */
 PK__PRIVATE void pk__add_points(pk__integral *integral, size_t layer, const pk__points *points)
 {
     const double start = pk__seconds();
@@ -25844,7 +26460,7 @@ static size_t pk__use_index(const pk_parameter_tensor *tensor, size_t i)
     return tensor->transposed ? i % rows * cols + i / rows : i;
 }
 
-/* Sums over the uses of a weight block, in all of them: of Phi, or of its error. */
+/* Replaces Phi (or its error) of every use of a weight block by the sum over its uses. */
 static void pk__share_block(const pk__integral *integral, const pk_weight_block *block, int error)
 {
     const pk_node *nodes = integral->graph->nodes, *own = &nodes[block->uses[0].node];
@@ -25868,8 +26484,8 @@ static void pk__share_block(const pk__integral *integral, const pk_weight_block 
         }
 }
 
-/* Of a graph with ties: Phi of each use of a shared tensor becomes the sum over all of its uses, so that its product with the
- * gradients of the uses is that of the sums; its error likewise. */
+/* For a graph with ties: Phi of each use of a tied tensor becomes the sum over all its uses, so that its product with the
+ * gradients of the uses is the product of the sums. Its error likewise. */
 static void pk__share_tensors(pk__integral *integral)
 {
     const pk_graph *graph = integral->graph;
@@ -25903,7 +26519,7 @@ PK__INTERNAL void pk__integral_begin(pk__integral *integral, const pk__integral_
             memset(layer->delta, 0, rows * outputs * layer->node->width * real);
         if (layer->input)
             memset(layer->input, 0, rows * layer->node->fan_in * real);
-        /* Elsewhere Phi starts with the row's first points: every row has some. */
+        /* Else Phi is set, rather than added to, by the row's first points; every row has some. */
         if (layer->kind != PK__LAYER_ROWS)
             continue;
         memset(layer->phi, 0, numbers * real);
@@ -26025,7 +26641,7 @@ PK__INTERNAL void pk__integral_end(pk__integral *integral)
 
 /* ---- Phi of a row ------------------------------------------------------------------------------------------ */
 
-/* Where matrices and biases of the outputs from first on of one row of phi stand, for a layer that has it stored. */
+/* Where the matrices and biases of one row of phi begin, for the outputs from `first` on of a layer whose Phi is stored. */
 PK__PRIVATE void pk__row_view(const pk__integral *integral, size_t layer, size_t row, size_t first,
                               const pk_real **matrices, const pk_real **biases)
 {
@@ -26038,8 +26654,8 @@ PK__PRIVATE void pk__row_view(const pk__integral *integral, size_t layer, size_t
     *biases = from + integral->output_count * matrix + first * bias;
 }
 
-/* The outputs first .. first + count - 1 of one row of phi (or check, size), whose matrix and bias parts of all chosen
- * outputs stand one behind the other. */
+/* Copies the outputs [first, first + count) of one row of phi (or check, size), which has the matrices of all chosen
+ * outputs and then their biases. */
 static void pk__row_outputs(const pk__integral *integral, size_t layer, size_t row, size_t first, size_t count,
                             const pk_real *from, pk_real *to)
 {
@@ -26055,7 +26671,7 @@ static void pk__row_outputs(const pk__integral *integral, size_t layer, size_t r
 }
 
 /* The factors of one row's Phi of a layer whose sum over points is taken first: cotangents of the outputs from first on (x
- * layer outputs) and inputs. Returns what stands in the place of an input for the bias. */
+ * layer outputs) and inputs. Returns the number that acts as the input of the bias. */
 PK__PRIVATE pk_real pk__row_factors(const pk__integral *integral, size_t layer, size_t row, size_t first,
                                     const pk_real **cotangents, const pk_real **inputs)
 {
@@ -26099,8 +26715,9 @@ PK__END_CODE
 PK__BEGIN_CODE
 
 enum {
-    PK__PART_NUMBERS = 1 << 14, /* of rows, which stay in a second-level cache of 512 KB beside the panels */
-    PK__SUMS_IN_HAND = 96       /* sums of the layer below the last one: they stay in the first-level cache */
+    PK__PART_NUMBERS =
+        1 << 14, /* numbers of rows that stay in a second-level cache of 512 KB together with the panels */
+    PK__SUMS_IN_HAND = 96 /* sums of the layer below the last one that stay in the first-level cache */
 };
 
 static pk_real *pk__take_reals(pk__arena *arena, size_t count, size_t numbers)
@@ -26171,13 +26788,13 @@ PK__PRIVATE const pk_real *pk__first_panel(const pk_real *all, size_t features, 
     return all + first * features; /* first is a multiple of PK_PANEL */
 }
 
-/* Columns of the panels that are multiplied together: with AVX-512 tiles are as wide as two. */
+/* The number of columns that are multiplied together: two panels with AVX-512, else one. */
 PK__PRIVATE size_t pk__columns_at_once(void)
 {
     return PK__HAS_AVX512 ? (size_t)PK__PAIR : (size_t)PK_PANEL;
 }
 
-/* Of the panels of a block, those from column on. */
+/* The panels of a block that begin at `column`. */
 PK__PRIVATE pk__panels pk__panels_at(const pk_real *panels, size_t features, size_t column, size_t block)
 {
     const pk__panels own = {pk__blocks(pk__min(pk__columns_at_once(), block - column), PK_PANEL),
@@ -26185,9 +26802,9 @@ PK__PRIVATE pk__panels pk__panels_at(const pk_real *panels, size_t features, siz
     return own;
 }
 
-/* The same, with those behind them, where there are some, fetched in the meantime: tiles are short, so that the processor
- * would see too late that they go on there. Tiles of AVX-512 fetch as they go; else the first-level cache, which is small,
- * takes the beginning of a deep panel, which leaves the room to what is multiplied. */
+/* The same; the panels after these are fetched into the cache meanwhile, because tiles are short and the processor would
+ * notice too late that they go on there. AVX-512 tiles fetch while they multiply. For the others the beginning of a deep
+ * panel is fetched into the first-level cache, which has no room for more. */
 PK__PRIVATE pk__panels pk__fetch_panels(const pk_real *panels, size_t features, size_t column, size_t block)
 {
     const size_t next = column + pk__columns_at_once();
@@ -26201,14 +26818,15 @@ PK__PRIVATE pk__panels pk__fetch_panels(const pk_real *panels, size_t features, 
     return own;
 }
 
-/* cells x columns of a tile = 0, up to the end of the last panel. */
+/* Sets cells x columns of a tile to 0, up to the end of the last panel. */
 PK__PRIVATE void pk__clear_tile(size_t cells, size_t columns, pk_real *tile)
 {
     for (size_t i = 0; i < cells; i++)
         memset(tile + i * PK__TILE_LD, 0, pk__blocks(columns, PK_PANEL) * PK_PANEL * sizeof *tile);
 }
 
-/* Rows of a product that stay in the second-level cache while panel after panel passes: equal parts of all of them. */
+/* The number of rows of a product that are multiplied together with one panel after the other, so that they stay in the
+ * second-level cache. All rows are divided into equal parts. */
 static size_t pk__part_rows(size_t rows, size_t depth)
 {
     const size_t numbers = PK__HAS_AVX512 ? 4 * (size_t)PK__PART_NUMBERS : (size_t)PK__PART_NUMBERS;
@@ -26264,7 +26882,7 @@ PK__PRIVATE void pk__multiply_cotangents(pk__product *product, size_t layer, siz
     product->flops += 2.0 * (double)block * (double)(cells * out);
 }
 
-/* tile += sum over the places of an example of (e_k a_i + bias) . delta_i, output after output and unit after unit. */
+/* tile += sum over the places of an example of (e_k a_i + bias) . delta_i, for each output and each unit. */
 static void pk__product_matrix(pk__product *product, size_t layer, size_t outputs, const pk_real *e,
                                size_t first, size_t columns, pk_real *tile)
 {
@@ -26272,7 +26890,8 @@ static void pk__product_matrix(pk__product *product, size_t layer, size_t output
     const pk_node *node = integral->layer[layer].node;
     const size_t in = node->fan_in, out = node->fan_out, places = node->positions,
                  most = pk__part_rows(node->fan_out, node->fan_in);
-    /* Matrix and bias stand together where a layer is materialised row by row; else all matrices, then all biases. */
+    /* A layer that is materialized row by row stores each matrix with its bias; other layers store all matrices, then all
+     * biases. */
     const int together = integral->layer[layer].kind == PK__LAYER_ROWS;
     const size_t stride = together ? node->weight_count : out * in, bias_stride = together ? stride : out;
     const pk_real *biases = pk__has_bias(node) ? e + (together ? out * in : outputs * out * in) : NULL;
@@ -26637,25 +27256,28 @@ PK__BEGIN_CODE
 enum {
     PK__STEP_ORDERS = 32,       /* nodes of the largest rule */
     PK__STEP_DEPTH = 14,        /* halvings of a piece */
-    PK__STEP_NUMBERS = 1 << 18, /* of a block of rows, or those of one row */
-    PK__STEP_PIECES = 1024      /* between kinks of one row, and some more for each switch function */
+    PK__STEP_NUMBERS = 1 << 18, /* numbers of a block of rows, which is at least one row */
+    PK__STEP_PIECES = 1024      /* room for the pieces of one row, and some more for each switch function */
 };
 
 typedef struct pk__step_integral {
     pk_context *context;
     const pk_graph *graph;
-    int kinked, exact, mixed; /* it has switch functions; it is a piecewise polynomial; dPhi/dx, not Phi */
-    size_t rows, numbers;     /* of a block; of the integrand of the most rows */
-    size_t output;            /* mixed */
+    int kinked, exact,
+        /* the network has switch functions; it is a piecewise polynomial in t; dPhi/dx is computed instead of Phi */
+        mixed;
+    size_t rows, numbers; /* rows of a block; numbers of the integrand of a whole block */
+    size_t output;        /* mixed */
     /* The step and the rows: */
     const pk_real *w, *next;
     pk_matrix inputs;
     /* Memory: */
     double *node, *weight; /* rules 1 .. PK__STEP_ORDERS, as pk__gauss_table has them */
     pk_real *at, *direction, *value;
-    double *coarse, *fine;           /* numbers */
-    double *ends[4];                 /* mixed: J at the start and the end of a piece, of two rules; P each */
-    double *start, *end, *previous;  /* mixed: of the whole piece between kinks; of the one in front of it */
+    double *coarse, *fine; /* numbers */
+    double *ends[4];       /* mixed: J at the start and the end of a piece, of two rules; P each */
+    double *start, *end,
+        *previous; /* mixed: J at both ends of the piece between two kinks; at the end of the piece before it */
     pk_real *seeds, *units, *copies; /* mixed: D x C, D x D, D x D: cotangents, directions, the input D times */
     pk__path segment;
     pk__pieces from, pieces;
@@ -26683,7 +27305,7 @@ static int pk__step_integral_is_exact(const pk_graph *graph)
     return 1;
 }
 
-/* Rows of a block, from shapes alone. */
+/* The number of rows in a block; it depends on shapes alone. */
 static size_t pk__step_integral_rows(const pk_graph *graph, size_t rows)
 {
     const size_t one = pk__max(graph->output_width * pk__max(graph->parameters, 1), 1);
@@ -26720,7 +27342,7 @@ PK__PRIVATE void pk__step_integral_end(pk__step_integral *phi)
     phi->varied.nodes = NULL;
 }
 
-/* The memory of everything but the step. */
+/* Takes all memory; the step is the caller's. */
 PK__PRIVATE void pk__step_integral_take(pk__arena *arena, size_t rows, pk__step_integral *phi)
 {
     const pk_graph *graph = phi->graph;
@@ -26943,7 +27565,7 @@ static void pk__step_integral_switches(const pk__step_integral *phi, size_t row,
         pk_call call;
         pk__pass_call(tape, node, 1, 1, &call);
         call.out = values;
-        if (tangents) { /* affine in the inputs: what is constant is taken off */
+        if (tangents) { /* affine in the inputs: the constant part is subtracted */
             for (int j = 0; j < node->input_count; j++)
                 call.in[j] = phi->zero;
             node->operation->switches(&call);
@@ -26986,7 +27608,7 @@ static void pk__step_integral_kink(pk__step_integral *phi, pk_matrix inputs, dou
         jump = fmax(jump, fabs(phi->previous[p] - phi->start[p]));
         size = fmax(size, fmax(fabs(phi->previous[p]), fabs(phi->start[p])));
     }
-    if (!(jump > 64 * PK__EPSILON * size)) /* a switch that nothing depends on */
+    if (!(jump > 64 * PK__EPSILON * size)) /* the output does not depend on this switch */
         return;
     phi->kinks++;
     pk__step_integral_forward(phi, a, 1, inputs.data);
@@ -26999,7 +27621,7 @@ static void pk__step_integral_kink(pk__step_integral *phi, pk_matrix inputs, dou
         pk_graph_spread(graph, phi->direction, phi->use_direction);
         weights = phi->use_weights, direction = phi->use_direction;
     }
-    /* dz/dt: along the step, of one row. */
+    /* dz/dt, along the step, for one row. */
     const pk__line step = {weights, direction, NULL}, still = {weights, NULL, NULL};
     memset(phi->tape.tangent[0], 0, D * D * sizeof(pk_real));
     pk__pass_tangent(&phi->tape, &step, 1);
@@ -27010,7 +27632,8 @@ static void pk__step_integral_kink(pk__step_integral *phi, pk_matrix inputs, dou
     size_t used = 0;
     int agree = 1;
     memset(phi->slopes, 0, D * sizeof *phi->slopes);
-    /* Of several functions that change sign here, as units that are copies of each other: all must move alike. */
+    /* Several functions may change sign here, such as those of units that are copies of each other; all must move in the
+     * same way. */
     for (size_t d = 0; d < D; d++) {
         pk__step_integral_switches(phi, d, 1, phi->across);
         used = 0;
@@ -27104,7 +27727,7 @@ PK_API size_t pk_strongest(const double *values, size_t count, int sign, size_t 
 
 /* ---- results --------------------------------------------------------------------------------------- */
 
-/* value is worse than worst; a NaN is the worst. */
+/* Whether value is worse than worst; a NaN is the worst of all. */
 PK__PRIVATE int pk__worse(double value, double worst)
 {
     return !(value <= worst) && !isnan(worst);
@@ -27191,7 +27814,7 @@ PK__PRIVATE pk_status pk__allocate_results(pk_context *context, const pk_decompo
     return status;
 }
 
-/* A view of rows of whole, for a pass to write into. */
+/* Makes a view of some rows of whole, into which a pass writes. */
 PK__PRIVATE void pk__view_rows(const pk_decomposition *whole, size_t first, size_t rows, pk_decomposition *part)
 {
     size_t cell = (first - whole->first_row) * whole->outputs;
@@ -27219,10 +27842,10 @@ PK__END_COLD_CODE
 #include <string.h>
 PK__BEGIN_CODE
 
-/* Parameters that are updated together: a few vectors of them fit the cache. The optimiser's state stands part by part,
- * each part's vectors one behind the other. */
+/* The number of parameters that are updated together, so few that several vectors of them fit into the cache. The
+ * optimizer's state is stored part by part; within a part its vectors follow each other. */
 enum { PK__STATE_PART = 4096 };
-/* Numbers that are read or updated, at least, where several threads share that. */
+/* The least number of parameters for which several threads share the reading or the update. */
 enum { PK__WINDOW_WORTH = 1 << 18 };
 
 static int pk__has_moments(const pk__window *window)
@@ -27275,7 +27898,7 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     window->transposed = pk__pass_transposes(graph) ? pk__arena_take(arena, spread, 2 * real) : NULL;
     window->remainder = pk__arena_take(arena, all, real);
     window->preconditioner = window->preconditioned ? pk__arena_take(arena, all, real) : NULL;
-    /* Recorded moments are no result of gradients here: they have no error of their own. */
+    /* Recorded moments are not computed from gradients here, so they have no rounding error from them. */
     window->states = bounds && window->adaptive && !pk__has_moments(window) ? 3 : 1;
     window->preconditioner_error = window->states == 3 ? pk__arena_take(arena, all, real) : NULL;
     window->perturbed = window->states == 3 ? pk__arena_take(arena, window->spread + 2 * P, real) : NULL;
@@ -27396,9 +28019,11 @@ static pk_status pk__load_window(pk_context *context, pk__window *window, int ad
         if (!advance && !window->average)
             pk__transpose_path(window, j);
         pk_run_batch(window->run, window->first + j, &window->batches[j]);
-        pk__examples_begin(&window->examples[j], &window->batches[j]);
+        size_t row = 0;
+        const pk_array *recorded = pk_run_loss_gradients(window->run, window->first + j, &row);
+        pk__examples_begin(&window->examples[j], &window->batches[j], recorded, row);
         if (window->magnitudes) {
-            pk__examples_begin(&window->magnitudes[j], &window->batches[j]);
+            pk__examples_begin(&window->magnitudes[j], &window->batches[j], recorded, row);
             pk__examples_perturb(U, from, window->perturbed_weights + j * U);
         }
     }
@@ -27406,8 +28031,8 @@ static pk_status pk__load_window(pk_context *context, pk__window *window, int ad
     return PK_OK;
 }
 
-/* Gradients of the examples of every step of the window, and their partial sums, each of consecutive
- * blocks of examples in order. */
+/* Computes the gradients of the examples of every step of the window, and partial sums of them, each over consecutive
+ * blocks of examples in ascending order. */
 static void pk__fill_window(pk_context *context, pk__window *window)
 {
     const pk_run *run = window->run;
@@ -27446,7 +28071,8 @@ static void pk__fill_window(pk_context *context, pk__window *window)
     pk__team_end(&team);
 }
 
-/* The gradients of the examples where an approximation wants them, after the update was computed again from those at w_s. */
+/* Computes the examples' gradients at the weights that an approximation asks for, after the update has been recomputed from
+ * those at w_s. */
 static void pk__move_examples(pk_context *context, pk__window *window)
 {
     const pk_run *run = window->run;
@@ -27477,28 +28103,29 @@ static void pk__move_examples(pk_context *context, pk__window *window)
     pk__team_end(&team);
 }
 
-/* The second moments that were recorded, into the place of p: what the optimiser did divide by, while a recomputed
- * moment of gradients that nearly cancel has few digits in common with that of a float32 run. */
+/* Copies the recorded second moments to p. These are what the optimizer really divided by; a recomputed moment of gradients
+ * that nearly cancel agrees with that of a float32 run in a few digits only. */
 static pk_status pk__read_moments(pk_context *context, pk__window *window, size_t j)
 {
     const size_t step = window->first + j;
     return pk_run_second_moments(context, window->run, step, window->preconditioner + j * window->pitch);
 }
 
-/* D_s from its linear form, of count parameters. */
+/* Computes D_s of `count` parameters from the linear form. */
 static void pk__update_from_form(const pk_linear_form *form, double scale, size_t count, const pk_real *p,
                                  const pk_real *m, const pk_real *gradient, const pk_real *weights,
                                  pk_real *update)
 {
-    const double enter = form->negated ? -form->enter : form->enter; /* m is the optimiser's */
+    /* m is the optimizer's own momentum, whose sign does not change. */
+    const double enter = form->negated ? -form->enter : form->enter;
     for (size_t i = 0; i < count; i++)
         update[i] = (pk_real)(-p[i] * (enter * m[i] +
                                        form->direct * (scale * gradient[i] + form->coupled * weights[i])) -
                               form->decoupled * weights[i]);
 }
 
-/* The updates of the window's steps recomputed from their gradients, of count parameters from first on: u_s, and the
- * optimiser's linear form; or only its state. */
+/* Recomputes the updates of the window's steps from their gradients, for the parameters [first, first + count): u_s and the
+ * optimizer's linear form, or its state alone. */
 static void pk__recompute_updates(pk__window *window, size_t first, size_t count, int advance, pk_real *update)
 {
     const pk_run *run = window->run;
@@ -27547,9 +28174,9 @@ static void pk__recompute_updates(pk__window *window, size_t first, size_t count
     }
 }
 
-/* How far p_s may be off: Adam divides by the root of the mean of squared gradients, and a gradient that nearly
- * cancels has few digits. Two more optimisers get gradients that are smaller and larger by their rounding allowance; p
- * falls with the gradients' size, and the larger difference to their p is the error. */
+/* Estimates the error of p_s. Adam divides by the root of a mean of squared gradients, and a gradient that nearly cancels
+ * has few correct digits. Two more optimizers receive gradients that are smaller and larger by the rounding allowance.
+ * Since p falls as the gradients grow, the larger of the two differences to p is the error. */
 static void pk__perturb_update(pk__window *window, size_t j, int advance)
 {
     const pk_run *run = window->run;
@@ -27649,7 +28276,7 @@ static void pk__spread_updates(pk__window *window)
     }
 }
 
-/* The scalars of a step's linear forms. */
+/* Computes the scalars of a step's linear forms. */
 static void pk__window_forms(const pk__window *window, size_t step, pk_linear_form *forms)
 {
     const pk_run *run = window->run;
@@ -27799,7 +28426,8 @@ PK__INTERNAL pk_status pk__steps_save_states(pk_context *context, pk__window *wi
     return status;
 }
 
-/* The state before window number index: from the nearest one that is there, leaving spare ones on the way. */
+/* Computes the state before window number index from the nearest earlier one that is saved, and saves spare states on the
+ * way. */
 static pk_status pk__find_state(pk_context *context, pk__window *window, size_t index)
 {
     pk__checkpoints *checkpoints = &window->checkpoints;
@@ -27849,12 +28477,13 @@ typedef struct pk__worker {
     struct pk__job *job;
     pk__integral integral;
     pk__product product;
-    pk_real *phi, *tensor, /* the same as phi, of one tensor of a layer that shares some */
-        *effective;        /* outputs of a part x weights of its layer; effective where E is no multiple of R */
-    pk_real *tile;         /* of one row: blocks of examples x outputs x PK__TILE_LD; zero between rows */
-    pk_real *bound_tile;   /* with bounds: outputs x PK__TILE_LD */
+    pk_real *phi, *tensor, /* like phi, for one tensor of a layer with tied tensors */
+        *effective; /* outputs of a part x weights of its layer; effective: E, where it is not a multiple of R */
+    pk_real *tile;  /* of one row: blocks of examples x outputs x PK__TILE_LD; zero between rows */
+    pk_real *bound_tile; /* with bounds: outputs x PK__TILE_LD */
     pk_real *left_inputs;
-    /* The step that is computed for a block of rows: the first of its rows, their number; the step; what its products are multiplied with. */
+    /* The step that is being computed for a block of rows: the first row and the number of rows, the step, and the factor
+     * of its products. */
     size_t row, rows, step;
     const pk__examples *batch;
     double factor;
@@ -27878,7 +28507,7 @@ typedef struct pk__job {
     double unattributed; /* the limit, known with the last weights */
     size_t outputs, block, unit;
     int reverse, decays;
-    int direct;  /* E has a part of its own beside R, or gains of its own by groups */
+    int direct;  /* E is not a multiple of R: it has a direct part, or its gain differs between groups */
     int grouped; /* the run has parameter groups: linear forms by range of w */
     pk__window window;
     pk_matrix inputs;
@@ -27890,7 +28519,7 @@ typedef struct pk__job {
     pk_real *rows; /* plan.rows x inputs, packed */
     pk_real *gram; /* plan.rows x gram_ld */
     size_t gram_ld;
-    size_t *state_at;       /* layers + 1: numbers of R of an output before a layer's; whole cache lines */
+    size_t *state_at;       /* layers + 1: where R of each layer begins, for one output; in whole cache lines */
     pk_real *reverse_state; /* plan.rows x plan.outputs x state_at[layers]: R */
     pk_real *reverse_error; /* the same: a bound on the error of R */
     /* With an average of the weights, the same of T (run/average.h); the average's last weights, P. */
@@ -27899,19 +28528,19 @@ typedef struct pk__job {
     pk__row_state *row_state; /* plan.rows */
     double *variation;        /* plan.rows x outputs: sum over the steps of |< Phi_s, D_s >| */
     pk__worker *workers;
-    pk_linear_form *next_forms;        /* of the step after the window */
+    pk_linear_form *next_forms;        /* those of the step after the window */
     size_t first_output, output_count; /* of the pass */
     int by_layer;                      /* results are kept layer by layer */
     pk_decomposition *part;
 } pk__job;
 
-/* A layer's outputs come in parts of a unit that stay in the cache. */
+/* The number of outputs of a layer that are computed together, so few that they stay in the cache. */
 PK__PRIVATE size_t pk__part_outputs(const pk_node *node, size_t unit)
 {
     return pk__max(1, pk__min(unit, ((size_t)1 << 12) / node->weight_count));
 }
 
-/* Kinds of things in memory, in the order in which they are used. Measures and takes. */
+/* All memory of a job, in the order of its use. */
 PK__PRIVATE void pk__job_layout(pk__job *job, pk__arena *arena)
 {
     const pk_graph *graph = job->graph;
@@ -27961,7 +28590,7 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk__arena *arena)
         pk__integral_take(arena, graph, &job->options->readout, job->block,
                           job->reverse || job->options->engine != PK_ENGINE_FACTORED ? job->plan.outputs : 0,
                           job->unit, job->options->bounds, &job->window.representation, &worker->integral);
-        pk__product_take(arena, &worker->integral, !job->window.representation.materialised, &worker->product);
+        pk__product_take(arena, &worker->integral, !job->window.representation.materialized, &worker->product);
         worker->phi = pk__arena_take(arena, largest, real);
         worker->tensor = pk__arena_take(arena, graph->tied ? largest : 0, real);
         worker->effective = pk__arena_take(arena, job->direct || job->options->bounds ? largest : 0, real);
@@ -27982,7 +28611,7 @@ PK__PRIVATE void pk__job_layout(pk__job *job, pk__arena *arena)
     }
 }
 
-/* Numbers of result per row, in bytes. */
+/* Bytes of results per row. */
 PK__PRIVATE size_t pk__result_bytes(const pk_decomposition *out, const pk_decompose_options *options)
 {
     size_t items = PK__RESULT_VECTORS * out->outputs;
@@ -28006,13 +28635,14 @@ static size_t pk__plan_bytes(pk__job *job, const pk_plan *plan, size_t rows, siz
     return arena.used + results + 4096; /* headers and rounding of a dozen allocations */
 }
 
-/* What each costs, in seconds of one thread; measured on one machine, where only their proportions matter. */
+/* Seconds of one thread, as measured on one machine. Only their proportions matter. */
 static const double pk__flop_seconds = 1 / 35e9;
 static const double pk__update_seconds =
-    14e-9; /* a parameter and step: D_s, the update again, its linear form */
-static const double pk__advance_seconds = 2e-9; /* the same where only the optimiser's state is wanted */
-static const double pk__state_seconds = 1.3e-9; /* a number of R and step */
-static const double pk__usual_points = 5;       /* quadrature nodes per row and step, about */
+    14e-9; /* for each parameter and step: D_s, the recomputed update and its linear form */
+static const double pk__advance_seconds =
+    2e-9; /* for each parameter and step, where only the optimizer's state is computed */
+static const double pk__state_seconds = 1.3e-9; /* for each number of R and step */
+static const double pk__usual_points = 5;       /* a typical number of quadrature nodes per row and step */
 
 /* The error that a step may have whose kinks are not looked for, as a part of the tolerance: single contributions differ by more
  * than their sum, which is what is measured. */
@@ -28072,7 +28702,7 @@ static void pk__plan_cost(const pk__job *job, size_t rows, pk_plan *plan)
         plan->seconds_examples + plan->seconds_again + plan->seconds_test + plan->seconds_contraction;
 }
 
-/* What a plan is chosen for. */
+/* What a plan has to fit, and the best plan so far. */
 typedef struct pk__choice {
     size_t rows, row_bytes, available, least;
     int by_pass;
@@ -28101,7 +28731,7 @@ static size_t pk__next_size(size_t size, size_t last)
     return size >= last ? 0 : pk__min(size + 1 + size / 5, last);
 }
 
-/* Threads, rows, outputs and window are set: chooses the states that are kept. */
+/* Chooses how many states of the optimizer are saved; threads, rows, outputs and window are set. */
 static void pk__choose_states(pk__job *job, pk__choice *choice, pk_plan *plan)
 {
     const size_t windows = pk__blocks(pk__max(job->run->steps, 1), plan->window);
@@ -28114,11 +28744,11 @@ static void pk__choose_states(pk__job *job, pk__choice *choice, pk_plan *plan)
         (void)pk__consider(job, choice, plan);
         return;
     }
-    /* The cheapest that a plan can be, by keeping all. */
+    /* First the cost without any repetition, with all states saved: no plan is cheaper. */
     pk__plan_cost(job, choice->rows, plan);
     if (choice->best.threads && !(plan->seconds < choice->best.seconds))
         return;
-    /* With three states a run of any length is decomposed in tolerable time, with fewer it is not. */
+    /* With three saved states a run of any length takes a tolerable time, with fewer it does not. */
     const size_t fewest = pk__min(3, windows - 1);
     plan->stride = windows;
     plan->spare = fewest;
@@ -28129,7 +28759,7 @@ static void pk__choose_states(pk__job *job, pk__choice *choice, pk_plan *plan)
         return;
     size_t states = fewest;
     plan->bytes = pk__plan_bytes(job, plan, choice->rows, choice->row_bytes, choice->by_pass);
-    if (choice->available > plan->bytes + 256) /* what the pieces are rounded up to */
+    if (choice->available > plan->bytes + 256) /* for rounding up to whole cache lines */
         states += pk__min((choice->available - plan->bytes - 256) / (state + sizeof(size_t)), windows);
     for (size_t stride = 1; stride; stride = pk__next_size(stride, windows)) {
         const size_t kept = (windows - 1) / stride;
@@ -28155,7 +28785,7 @@ static void pk__search_plans(pk__job *job, pk__choice *choice, size_t most, int 
     const size_t all_threads = pk__min((size_t)pk_threads(job->context), tasks);
     pk_plan plan;
     memset(&plan, 0, sizeof plan);
-    /* Where nothing has to be saved: */
+    /* The plan for enough memory: */
     plan.threads = all_threads;
     plan.rows = pk__min(rows, most * job->block);
     plan.outputs = job->outputs;
@@ -28198,10 +28828,10 @@ static void pk__shorten_passes(pk__job *job, pk__choice *choice)
         *choice = shorter;
 }
 
-/* Where the caller sets no limit: enough for any window to pay, and less than most machines have. */
+/* The limit where the caller sets none: enough for useful windows, and less than most machines have. */
 #define PK__USUAL_MEMORY (SIZE_MAX > 0xffffffffu ? SIZE_MAX >> 32 : SIZE_MAX / 4) /* 4 GiB */
 
-/* Chooses a plan so that everything fits, at the least cost. */
+/* Chooses the cheapest plan that fits into the memory. */
 PK__PRIVATE pk_status pk__job_plan(pk__job *job, size_t rows, size_t row_bytes, int by_pass)
 {
     const size_t limit = job->context ? job->context->memory_limit : 0,
@@ -28237,7 +28867,7 @@ PK__PRIVATE pk_status pk__job_plan(pk__job *job, size_t rows, size_t row_bytes, 
         held + choice.least);
 }
 
-/* Everything but the plan and the memory. */
+/* Fills in the job, except for the plan and the memory. */
 PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *run, pk_matrix inputs,
                                const pk_decompose_options *options)
 {
@@ -28270,13 +28900,13 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     job->reverse |= form.preconditioned;
     job->window.representation.outputs = job->outputs;
     job->window.representation.batch = job->window.largest_batch;
-    job->window.representation.materialised =
+    job->window.representation.materialized =
         job->reverse || options->bounds || options->engine == PK_ENGINE_INTEGRATED;
     job->window.representation.factored = options->engine == PK_ENGINE_FACTORED;
-    job->window.representation.known_data = !job->window.representation.materialised; /* job->gram */
+    job->window.representation.known_data = !job->window.representation.materialized; /* job->gram */
     job->direct = job->grouped || (job->reverse && pk__form_direct(&form));
     job->unit = pk__integral_unit(job->outputs, run->graph.spread);
-    /* At least 16 blocks, where there are as many rows, so that few rows keep several threads busy, too. */
+    /* Small jobs are cut into at least 16 blocks, if they have as many rows, so that several threads have work. */
     job->block = pk__min(pk__integral_block(&run->graph, job->outputs),
                          pk__blocks(pk__max(rows ? rows : inputs.rows, 1), 16));
     /* The least memory is that of one block: in reverse time at most about 2^20 numbers, or one row. */
@@ -28293,7 +28923,7 @@ PK__END_COLD_CODE
 #include <string.h>
 PK__BEGIN_CODE
 
-/* In eight sums, so that a vector of them is added at a time. */
+/* Eight sums, so that the compiler can add a vector of them at a time. */
 static double pk__sum(size_t count, const pk_real *x)
 {
     double sums[8] = {0};
@@ -28306,8 +28936,8 @@ static double pk__sum(size_t count, const pk_real *x)
     return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
 }
 
-/* Adds factor * tile (cells x count, ld PK__TILE_LD) of one column of by_layer, or of all (-1), to the results of the cells
- * from cell on. */
+/* Adds factor * tile (cells x count, ld PK__TILE_LD) to the results of the cells that begin at `cell`, in one column of
+ * by_layer or, with -1, in all. */
 static void pk__add_cells(const pk__worker *worker, int layer, size_t cell, size_t cells, double factor,
                           size_t first, size_t count, const pk_real *tile)
 {
@@ -28341,8 +28971,8 @@ static void pk__add_cells(const pk__worker *worker, int layer, size_t cell, size
     }
 }
 
-/* The tile of a block of rows with the examples first .. first + count - 1, of one layer or, with layer -1, of all of
- * worker->product.due. */
+/* Computes the tile of a block of rows with the examples [first, first + count), for one layer or, with layer -1, for all
+ * of worker->product.due. */
 PK__PRIVATE void pk__add_tile(const pk__worker *worker, int layer, size_t first, size_t count,
                               const pk_real *tile)
 {
@@ -28359,13 +28989,13 @@ PK__PRIVATE void pk__add_tile(const pk__worker *worker, int layer, size_t first,
                       worker->factor, first, count, tile + (row * outputs + job->first_output) * PK__TILE_LD);
 }
 
-/* The tile of a row, all outputs, with block number `block` of the examples. */
+/* Where the tile of a row and all outputs with block number `block` of the examples begins. */
 PK__PRIVATE pk_real *pk__row_tile(const pk__worker *worker, size_t block)
 {
     return worker->tile + block * worker->job->outputs * PK__TILE_LD;
 }
 
-/* The row's tiles, of one column or of all, added to the results; then zero. */
+/* Adds the row's tiles to the results, in one column or in all, and sets them to zero. */
 PK__PRIVATE void pk__add_row(pk__worker *worker, size_t row, int column, size_t j, double factor)
 {
     const pk__job *job = worker->job;
@@ -28378,7 +29008,7 @@ PK__PRIVATE void pk__add_row(pk__worker *worker, size_t row, int column, size_t 
                       factor, first, count, tile);
         pk__clear_tile(job->output_count, count, tile);
     }
-    worker->product.seconds += pk__seconds() - start; /* as the factored layers' tiles count */
+    worker->product.seconds += pk__seconds() - start; /* counted like the tiles of factored layers */
 }
 
 PK__END_CODE
@@ -28387,29 +29017,29 @@ PK__END_CODE
 #include <string.h>
 PK__BEGIN_CODE
 
-/* Weights of a layer that Phi keeps apart from its matrix. */
+/* The number of weights of a layer that Phi stores apart from its matrix: its biases. */
 PK__PRIVATE size_t pk__bias_count(const pk_node *node)
 {
     return pk__is_outer(node) && !node->shares && pk__has_bias(node) ? node->width : 0;
 }
 
-/* R of one layer of one row, outputs first .. first + count - 1, in the layout of Phi. */
+/* A part of R: one layer of one row, the outputs [first, first + count), in the layout of Phi. */
 typedef struct pk__part {
     const pk_node *node;
-    size_t layer, row, first, count; /* row of the block */
+    size_t layer, row, first, count; /* row: within the block */
     size_t bias, matrix;             /* weights of each output */
 } pk__part;
 
-/* Phi of a part, as it is stored: matrices, and biases elsewhere (inputs == NULL); or as outer products of cotangents and
- * one row of inputs, and the cotangents times bias_input. */
+/* Phi of a part, as it is stored: either matrices and, apart from them, biases (inputs == NULL); or, in factors, cotangents
+ * and one row of inputs, with bias_input as the input of the biases. */
 typedef struct pk__phi_view {
     const pk_real *matrices, *biases;
     const pk_real *cotangents, *inputs;
     pk_real bias_input;
 } pk__phi_view;
 
-/* R of the weights first .. first + count - 1 of a part a step back, and E where it is wanted. p (out x in, then out): NULL where
- * it is a scalar; state and e: matrices, then biases. */
+/* Takes R of the weights [first, first + count) of a part one step back, and computes E if e is not NULL. p (out x in, then
+ * out) is NULL where it is one number; state and e have matrices, then biases. */
 static void pk__advance_range(const pk__part *part, size_t first, size_t count, const pk_linear_form *form,
                               double carry, const pk_real *p, const pk__phi_view *phi, pk_real *state,
                               pk_real *e)
@@ -28435,7 +29065,7 @@ static void pk__advance_range(const pk__part *part, size_t first, size_t count, 
     }
 }
 
-/* R of a part a step back, with the linear form of each range of its weights. next: forms of the step behind. */
+/* Takes R of a part one step back, with the linear form of each range of its weights. next: the forms of step s + 1. */
 PK__PRIVATE void pk__advance_state(const pk__job *job, const pk__part *part, const pk_linear_form *forms,
                                    const pk_linear_form *next, const pk_real *p, const pk__phi_view *phi,
                                    pk_real *state, pk_real *e)
@@ -28494,7 +29124,7 @@ PK__PRIVATE double pk__dot_own(const pk__part *part, size_t k, const pk_real *e,
     return sum;
 }
 
-/* Where R of a part stands: row after row, layer after layer, part after part. */
+/* Where R of a part begins. R is stored by row, then by layer, then by part. */
 PK__PRIVATE size_t pk__state_place(const pk__worker *worker, const pk__part *part)
 {
     const pk__job *job = worker->job;
@@ -28513,7 +29143,7 @@ PK__BEGIN_CODE
 
 /* ---- bounds on entries -------------------------------------------------------------------------------- */
 
-/* |factor| < error, |g_b| > of a part added to the bounds. */
+/* Adds |factor| < error, |g_b| > of a part to the bounds. */
 static void pk__bound_part(pk__worker *worker, const pk__part *part, size_t j, const pk_real *error)
 {
     pk__job *job = worker->job;
@@ -28578,7 +29208,7 @@ PK__PRIVATE void pk__bound_materialized(pk__worker *worker, const pk__part *part
         int before = 0;
         for (size_t f = 0; f < window->form_count; f++)
             before |= form[f].before;
-        for (size_t i = 0; i < numbers; i++) { /* all that maximize makes negative has one sign */
+        for (size_t i = 0; i < numbers; i++) { /* with maximize all factors are negative */
             const size_t w = i < matrix ? i % part->matrix : part->matrix + (i - matrix) % part->bias;
             error[i] = (pk_real)fabs(error[i]);
             if (before && slack) /* of p R */
@@ -28588,7 +29218,7 @@ PK__PRIVATE void pk__bound_materialized(pk__worker *worker, const pk__part *part
     pk__bound_part(worker, part, j, error);
 }
 
-/* The largest |x|, at least `largest`; numbers that are not finite do not count. */
+/* The largest of `largest` and the |x| that are finite. */
 PK__PRIVATE double pk__largest(size_t count, const double *x, double largest)
 {
     for (size_t i = 0; i < count; i++)
@@ -28602,8 +29232,8 @@ static double pk__part_of(double value, double scale)
     return value == 0 ? 0 : value / scale;
 }
 
-/* No bound of a cell is below rounding of the largest contribution of an example to its row. They must explain the cell's
- * closure, but for the closure's own rounding; else they are raised. */
+/* Raises the bounds of a cell: each to at least the rounding error of the largest contribution of an example to its row,
+ * and all of them until their sum explains the cell's closure, up to the rounding of the closure itself. */
 static void pk__raise_bounds(pk__job *job, size_t cell, double height, double largest)
 {
     pk_decomposition *part = job->part;
@@ -28622,7 +29252,7 @@ static void pk__raise_bounds(pk__job *job, size_t cell, double height, double la
 
 /* ---- the certificate ---------------------------------------------------------------------------------- */
 
-/* The largest unattributed term that is taken for rounding, from the precision of the run's last weights. */
+/* The limit below which the unattributed part is explained by rounding, from the precision of the run's last weights. */
 PK__PRIVATE double pk__unattributed_limit(const pk__job *job, const pk_real *weights)
 {
     const double given = job->options->unattributed;
@@ -28640,7 +29270,7 @@ PK__PRIVATE double pk__unattributed_limit(const pk__job *job, const pk_real *wei
 typedef struct pk__row_scale {
     double height;  /* the largest output of the row, at either end of the run */
     double largest; /* the largest contribution of any kind */
-    double allowed; /* for its closures */
+    double allowed; /* the largest closure that is accepted */
 } pk__row_scale;
 
 static pk__row_scale pk__scale_of_row(const pk__job *job, size_t row)
@@ -28753,7 +29383,8 @@ PK__PRIVATE void pk__add_summary(const pk_decomposition *part, pk_decomposition 
     whole->passes += part->passes;
 }
 
-/* The status of a decomposition that was computed. The closure is judged first: where it is open, nothing else holds. */
+/* The status of a decomposition that was computed. The closure is judged first, because the other results mean nothing
+ * without it. */
 PK__PRIVATE pk_status pk__verdict(const pk__job *job, const pk_decomposition *whole)
 {
     const int closed = whole->worst_excess <= 1;
@@ -28786,15 +29417,15 @@ PK__END_CODE
 #include <string.h>
 PK__BEGIN_CODE
 
-/* The factor of a step's inner products. Where a step has no direct part and no groups, E = gain R is not copied: R is
- * contracted in its place, and gain belongs to the factor. */
+/* The factor of a step's inner products. Where a step has no direct part and no groups, E = gain R: then R itself is
+ * multiplied with the examples, and the gain is a part of this factor. */
 static double pk__entry_factor(const pk__worker *worker, const pk_linear_form *form)
 {
     const pk__job *job = worker->job;
     return worker->factor * (job->reverse && !job->grouped && !pk__form_direct(form) ? form->gain : 1);
 }
 
-/* The row's tiles += < e, g_b > of a part. */
+/* Adds < e, g_b > of a part to the row's tiles. */
 static void pk__multiply_part(pk__worker *worker, const pk__part *part, size_t j, const pk_real *e)
 {
     const size_t examples = worker->job->window.batches[j].count;
@@ -28804,7 +29435,7 @@ static void pk__multiply_part(pk__worker *worker, const pk__part *part, size_t j
                         pk__row_tile(worker, first / PK__EXAMPLE_BLOCK) + part->first * PK__TILE_LD);
 }
 
-/* The part's tiles, tensor by tensor, added to the columns of the nodes that bring these into w. */
+/* Adds the part's products, tensor by tensor, to the columns of by_layer to which the tensors belong. */
 static void pk__multiply_columns(pk__worker *worker, const pk__part *part, size_t j, const pk_real *e)
 {
     const pk__job *job = worker->job;
@@ -28822,7 +29453,7 @@ static void pk__multiply_columns(pk__worker *worker, const pk__part *part, size_
     }
 }
 
-/* Phi of a part, where it stands or, where it is to be changed, as a copy. */
+/* Phi of a part: where it is stored, or a copy if it will be changed. */
 static pk__phi_view pk__view_phi(pk__worker *worker, const pk__part *part)
 {
     const pk__job *job = worker->job;
@@ -28840,7 +29471,7 @@ static pk__phi_view pk__view_phi(pk__worker *worker, const pk__part *part)
     return phi;
 }
 
-/* The part of the decay that belongs to the gradients, < E, decay o w >. e: E, or R where it has no gain yet. */
+/* Adds the coupled decay, which is a part of the gradients: < E, decay o w >. e: E, or R where the gain is not in it. */
 static void pk__add_coupled_decay(const pk__worker *worker, const pk__part *part, size_t j, const pk_real *e,
                                   double gain)
 {
@@ -28919,7 +29550,7 @@ static void pk__materialized_layer(pk__worker *worker, size_t row, size_t layer,
     part.bias = pk__bias_count(part.node);
     part.matrix = part.node->weight_count - part.bias;
     const size_t last = job->first_output + job->output_count;
-    /* Copies of a part should stay in the cache; where R is used as it stands there are none. */
+    /* Parts are small enough for a copy to stay in the cache; where R is used without a copy, a part is everything. */
     const int copied = !job->reverse || job->direct || job->part->bounds != NULL;
     const size_t each = copied ? pk__part_outputs(part.node, job->unit) : job->unit;
     for (size_t unit = job->first_output; unit < last; unit += job->unit) {
@@ -28945,7 +29576,8 @@ PK__PRIVATE void pk__materialized_layers(pk__worker *worker, size_t j, const pk_
             if (!layer[l].integrated)
                 continue;
             pk__materialized_layer(worker, row, l, j, next);
-            if (job->by_layer && !layer[l].node->shares) /* else each of its tensors went to its own column */
+            if (job->by_layer &&
+                !layer[l].node->shares) /* else each of its tensors has been added to its own column */
                 pk__add_row(worker, row, pk__block_of(job->graph, layer[l].node, 0)->column, j, factor);
         }
         if (!job->by_layer)
@@ -29022,7 +29654,7 @@ static pk_status pk__predict_ends(pk__job *job)
     return PK_OK;
 }
 
-/* Gram matrix of the pass's rows and the training inputs: the first layer's share, the same at every step. */
+/* Computes the Gram matrix of the pass's rows and the training inputs, which the first layer uses at every step. */
 static void pk__fill_gram(pk__job *job)
 {
     const size_t in = job->graph->input_width, N = job->run->examples;
@@ -29078,7 +29710,7 @@ static pk_status pk__read_rows(pk__job *job)
     return PK_OK;
 }
 
-/* Everything that a sweep starts with. What does not depend on the outputs of the pass is done with the first of them. */
+/* Prepares a sweep. What does not depend on the outputs of the pass is computed for the first slice of them only. */
 static pk_status pk__sweep_prepare(pk__job *job)
 {
     const size_t blocks = pk__blocks(job->part->rows, job->block);
@@ -29116,7 +29748,7 @@ static pk_status pk__sweep_prepare(pk__job *job)
 
 /* ---- after a step ------------------------------------------------------------------------------------- */
 
-/* What a step adds beside its examples, and its own closure. */
+/* Adds what a step contributes besides its examples, and computes its closure. */
 static void pk__close_step(pk__worker *worker, pk__block_state *block, size_t j)
 {
     pk__job *job = worker->job;
@@ -29141,7 +29773,8 @@ static void pk__close_step(pk__worker *worker, pk__block_state *block, size_t j)
             part->decay[cell] -= linear * worker->integral.along[2][i];
         if (part->step_closure)
             part->step_closure[cell * part->steps + step] = closure;
-        /* Of equals the first step, then the first row, in whatever order they are met. */
+        /* Ties go to the earliest step, then to the lowest row, so that the result does not depend on the order in which
+         * threads find them. */
         const size_t row = part->first_row + worker->row + i / job->outputs;
         const int before = step < block->worst_step || (step == block->worst_step && row < block->worst_row);
         if (pk__worse(fabs(closure), block->worst) || (fabs(closure) == block->worst && before)) {
@@ -29154,8 +29787,8 @@ static void pk__close_step(pk__worker *worker, pk__block_state *block, size_t j)
 
 /* ---- the loop ----------------------------------------------------------------------------------------- */
 
-/* The products of the points in memory with the examples of the step, layer by layer, added to the results; tiles of several
- * layers as one, where no result is kept by layer. */
+/* Adds the products of the points in memory with the examples of the step to the results, layer by layer. The tiles of all
+ * layers are added at once, unless some result is kept by layer. */
 static void pk__add_products(pk__worker *worker, const pk__points *points)
 {
     pk__product *product = &worker->product;
@@ -29174,7 +29807,7 @@ static void pk__add_products(pk__worker *worker, const pk__points *points)
     product->seconds += pk__seconds() - start;
 }
 
-/* Takes the test rows' derivatives where an approximation wants them. */
+/* Sets the weights at which an approximation takes the test rows' derivatives. */
 static void pk__approximate_step(pk__worker *worker, pk__integral_step *step)
 {
     const pk__job *job = worker->job;
@@ -29237,7 +29870,7 @@ static void pk__begin_block(pk__worker *worker, size_t number)
     integrator->point_count = integrator->split_pieces = integrator->refused = 0;
 }
 
-/* What a block of rows has cost. The points are the same for every slice of the outputs. */
+/* Counts what a block of rows took. The points are the same for every slice of the outputs, so they count once. */
 static void pk__end_block(const pk__worker *worker, pk__block_state *block)
 {
     const pk__integrator *integrator = &worker->integral.integrator;
@@ -29289,12 +29922,12 @@ static void pk__sweep_block(pk__worker *worker, size_t number)
         pk__seconds() - begin - (worker->integral.seconds + worker->product.seconds - before);
 }
 
-/* The whole run, for the outputs first_output .. first_output + output_count - 1 of the part's rows. done and share: where in the
- * whole this is, for the progress. */
+/* Goes through the whole run for the outputs [first_output, first_output + output_count) of the part's rows. done and share
+ * tell which part of the job this is, for the progress. */
 static pk_status pk__sweep_windows(pk__job *job, double done, double share)
 {
     const size_t blocks = pk__blocks(job->part->rows, job->block), steps = job->run->steps;
-    /* Without a state, steps that an approximation does not choose matter to nothing. */
+    /* Without a state, the steps that an approximation does not choose need not be computed. */
     const pk__approximation *how = job->options->approximation;
     const size_t chosen = how && !job->reverse && steps ? how->chosen : 0;
     const size_t windows = chosen ? chosen : job->window.windows;
@@ -29317,7 +29950,7 @@ static pk_status pk__sweep_windows(pk__job *job, double done, double share)
     return status;
 }
 
-/* Sweep after sweep, all outputs of the part's rows: done and share of the whole are theirs. */
+/* Runs one sweep for each slice of the outputs of the part's rows. done and share as above. */
 PK__PRIVATE pk_status pk__sweep_outputs(pk__job *job, double done, double share)
 {
     const size_t outputs = job->outputs;
@@ -29359,7 +29992,7 @@ static pk_status pk__check_inputs(pk_context *context, const pk_run *run, pk_mat
     return PK_OK;
 }
 
-/* The numbers of an array, row by row. */
+/* Checks the numbers of an array, row by row. */
 static pk_status pk__check_array(pk_context *context, const pk_run *run, const pk_array *inputs)
 {
     const size_t width = run->graph.input_width;
@@ -29413,7 +30046,7 @@ static pk_status pk__check_options(pk_context *context, const pk_run *run, size_
     if (options->bounds && options->quadrature.rule != PK_RULE_AUTO &&
         options->quadrature.rule != PK_RULE_EXACT)
         return pk__fail(context, PK_UNSUPPORTED, "bounds need a rule that measures its error: auto or exact");
-    /* steps.h takes p to fall as the gradients' size grows. */
+    /* The error of p in steps.h relies on p falling as the gradients grow. */
     for (size_t g = 0; options->bounds && g <= run->groups.count; g++)
         if (pk__group_optimizer(&run->optimizer, &run->groups, g)->centered)
             return pk__fail(
@@ -29423,7 +30056,7 @@ static pk_status pk__check_options(pk_context *context, const pk_run *run, size_
     return pk_quadrature_check(context, &options->quadrature, &run->graph, readout);
 }
 
-/* Passes over all rows. whole has its arrays, or a part callback is there and each pass has own ones. */
+/* Makes the passes over all rows. Either `whole` has arrays, or there is a callback and each pass has arrays of its own. */
 static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomposition_part *callback,
                                 void *user)
 {
@@ -29468,12 +30101,12 @@ static pk_status pk__run_passes(pk__job *job, pk_decomposition *whole, pk_decomp
     if (!(job->options->unattributed > 0) && whole->scale < 1)
         whole->unattributed_limit *= whole->scale;
     const pk__approximation *how = job->options->approximation;
-    const int exact =
-        !how || (!how->at_one_point && !how->examples_move); /* what others leave open is their result */
+    const int exact = !how || (!how->at_one_point &&
+                               !how->examples_move); /* what other rules miss is their result, and no error */
     return status || !exact ? status : pk__verdict(job, whole);
 }
 
-/* The sizes of the result, the job and its plan, for inputs or for a number of rows without any. */
+/* Computes the sizes of the result, the job and its plan, for inputs or, if these have no data, for a number of rows. */
 static pk_status pk__plan_job(pk__job *job, pk_context *context, const pk_run *run, pk_matrix inputs,
                               const pk_decompose_options *options, int by_pass, pk_decomposition *whole)
 {
@@ -29494,7 +30127,7 @@ static pk_status pk__plan_job(pk__job *job, pk_context *context, const pk_run *r
     return pk__job_plan(job, inputs.rows, pk__result_bytes(whole, options), by_pass);
 }
 
-/* array, where it is not NULL, in place of inputs. */
+/* If array is not NULL, it replaces inputs. */
 static pk_status pk__decompose(pk_context *context, const pk_run *run, pk_matrix inputs, const pk_array *array,
                                const pk_decompose_options *options, pk_decomposition *whole,
                                pk_decomposition_part *callback, void *user)
@@ -29616,19 +30249,20 @@ static const char *const pk__compare_names[PK_COMPARE_RULES] = {
     "left",        "segment",      "path_integral", "trapezoid",   "midpoint",
     "checkpoints", "linear_start", "linear_end",    "telescoping", "exact"};
 
-/* Sums of 2, 4, ... intervals; each has the points of those before. Steps of the rule checkpoints. Tables of contributions that are
- * held beside that of a decomposition: exact ranks, left, a sum for each level. */
+/* The sums over t have 2, 4, ... intervals, and each contains the points of the one before it. PK__COMPARE_STEPS: steps of
+ * the rule checkpoints. PK__COMPARE_TABLES: tables of contributions in memory besides that of a decomposition, which are
+ * the exact ranks, left, and a sum for each level. */
 enum {
     PK__COMPARE_LEVELS = 5,
     PK__COMPARE_INTERVALS = 1 << PK__COMPARE_LEVELS,
-    PK__COMPARE_FINE = 512, /* the most equal parts of a step with kinks, and the least that are worth it */
+    PK__COMPARE_FINE = 512, /* the most and (below) the fewest equal parts of a step with kinks */
     PK__COMPARE_COARSE = 64,
     PK__COMPARE_STEPS = 10,
     PK__COMPARE_TABLES = 2 + PK__COMPARE_LEVELS
 };
 #define PK__COMPARE_AGREEMENT (sizeof(pk_real) == sizeof(float) ? 1e-5 : 1e-10)
 #define PK__COMPARE_MEMORY ((size_t)1 << 30)
-#define PK__COMPARE_FLOPS 1e10 /* of all equal parts, at most */
+#define PK__COMPARE_FLOPS 1e10 /* the most flops that equal parts may take */
 
 typedef struct pk__comparing {
     pk_context *context;
@@ -29638,19 +30272,19 @@ typedef struct pk__comparing {
     pk_decompose_options options;
     pk__approximation how;
     size_t outputs, examples, cells;       /* cells: rows x outputs */
-    size_t fine;                           /* equal parts of a step where there are kinks; 0: none */
+    size_t fine;                           /* equal parts of a step of a network with kinks; 0: none */
     double *residual, *correlation;        /* rules x cells */
     unsigned char *unordered;              /* cells: the exact contributions are all equal */
     pk_real *first_weights, *last_weights; /* graph->spread: w_0, w_S */
     /* Of the rows first .. first + rows - 1, at most `most`: */
     size_t most, first, rows;
     double *ranks, *left, *sum[PK__COMPARE_LEVELS];   /* rows x outputs x examples */
-    double *left_missed, *missed[PK__COMPARE_LEVELS]; /* rows x outputs: f_S - f_0 less the sum */
+    double *left_missed, *missed[PK__COMPARE_LEVELS]; /* rows x outputs: f_S - f_0 minus the sum */
     unsigned char *settled;                           /* rows: the level whose sum is taken; 0: none yet */
     double *order;                                    /* threads x examples: ranks of a rule */
-    pk__ranked *sorted;                       /* threads x examples, or cells */
+    pk__ranked *sorted;                               /* threads x examples, or cells */
     int threads;
-    /* The caller's progress, and where it stands: */
+    /* The caller's progress function, and what was reported to it: */
     int (*progress)(void *user, const char *phase, double fraction);
     void *progress_user;
     double done, share, reached;
@@ -29674,7 +30308,7 @@ static double pk__compare_rank_correlation(size_t count, const double *a, const 
 
 /* ---- one rule on some rows ------------------------------------------------------------------------------- */
 
-/* Takes the residuals and correlations of a rule on the rows. */
+/* Computes the residuals and correlations of a rule on the rows. */
 static void pk__compare_score(pk__comparing *c, int rule, const double *contributions, const double *missed)
 {
     const size_t N = c->examples, cells = c->rows * c->outputs, first = c->first * c->outputs;
@@ -29708,7 +30342,7 @@ static pk_status pk__compare_decompose(pk__comparing *c, pk_decomposition *out)
     return pk_decompose(c->context, c->run, inputs, &c->options, out);
 }
 
-/* Rules of one decomposition. */
+/* The rules that need one decomposition. */
 static pk_status pk__compare_one(pk__comparing *c, int rule, pk_decomposition *out)
 {
     memset(&c->how, 0, sizeof c->how);
@@ -29780,7 +30414,7 @@ static void pk__compare_add_point(pk__comparing *c, size_t j, const double *cont
     }
 }
 
-/* Settles the rows whose sum agrees with that of the level before; returns how many are left. */
+/* Settles the rows whose sum agrees with that of the level before; returns how many rows are not settled. */
 static size_t pk__compare_settle(pk__comparing *c, int level)
 {
     const size_t numbers = c->outputs * c->examples;
@@ -29799,7 +30433,8 @@ static size_t pk__compare_settle(pk__comparing *c, int level)
     return left;
 }
 
-/* The contributions of one point, added by pk__compare_add_point, or with a weight to the sum of one level. */
+/* Computes the contributions at one point, and adds them by pk__compare_add_point or, with a weight, to the sum of one
+ * level. */
 static pk_status pk__compare_take_point(pk__comparing *c, int rule, double t, size_t j, double weight)
 {
     pk_decomposition point;
@@ -29837,7 +30472,7 @@ static pk_status pk__compare_integral(pk__comparing *c, int rule, const pk_decom
     c->share /= (double)(PK__COMPARE_INTERVALS + fine);
     for (int level = 0; !status && left && level <= last; level++) {
         const size_t intervals = (size_t)2 << level, apart = PK__COMPARE_INTERVALS / intervals;
-        /* New are the odd points; at first also the last one. */
+        /* The odd points are new in a level; in the first level the last one, too. */
         for (size_t j = 1; !status && j <= intervals; j++) {
             double weight;
             if (j % 2 == 1 || (level == 0 && j == intervals && !end))
@@ -29846,7 +30481,7 @@ static pk_status pk__compare_integral(pk__comparing *c, int rule, const pk_decom
         }
         left = level > 0 && !status ? pk__compare_settle(c, level) : left;
     }
-    /* Between jumps no rule is better than equal parts. */
+    /* Where the integrand jumps, no rule is better than equal parts. */
     if (!status && left && fine) {
         const double part = 1 / (double)fine;
         pk__compare_clear_sum(c, 0);
@@ -29869,7 +30504,7 @@ static pk_status pk__compare_integral(pk__comparing *c, int rule, const pk_decom
     return status;
 }
 
-/* trapezoid and path_integral: both want the contributions at t = 1. */
+/* The rules trapezoid and path_integral, which both need the contributions at t = 1. */
 static pk_status pk__compare_ends(pk__comparing *c)
 {
     const size_t cells = c->rows * c->outputs, numbers = cells * c->examples;
@@ -29899,7 +30534,8 @@ static pk_status pk__compare_rows(pk__comparing *c, double done, double share)
     static const int order[] = {PK__COMPARE_EXACT,       PK__COMPARE_LEFT,         PK__COMPARE_MIDPOINT,
                                 PK__COMPARE_CHECKPOINTS, PK__COMPARE_LINEAR_START, PK__COMPARE_LINEAR_END,
                                 PK__COMPARE_SEGMENT,     PK__COMPARE_PATH_INTEGRAL};
-    static const double parts[] = {2, 1, 1, 1, 1, 1, 8, 8, 23}; /* of the time, about; then their sum */
+    static const double parts[] = {
+        2, 1, 1, 1, 1, 1, 8, 8, 23}; /* approximate shares of the time; the last number is their sum */
     const size_t cells = c->rows * c->outputs, numbers = cells * c->examples;
     double left = 0;
     pk_status status = PK_OK;
@@ -29981,11 +30617,12 @@ static pk_status pk__compare_telescope_run(pk__comparing *c, pk_replay *replay, 
     return PK_OK;
 }
 
-/* The rule telescoping; leaves w_0 and w_S for the linear ones. */
+/* The rule telescoping. It also stores w_0 and w_S, which the linear rules need. */
 static pk_status pk__compare_telescope(pk__comparing *c)
 {
     const size_t P = c->run->parameters, rows = c->inputs.rows;
-    /* As many rows at a time as one thread's tape holds in some MB, whatever the limit: the same bits. */
+    /* The number of rows at a time is what one thread's tape holds in some MB. It does not depend on the memory limit, so
+     * that the bits do not either. */
     const size_t few = pk__example_rows(&c->run->graph), piece = few < 64 ? few : rows;
     const double start = pk__seconds();
     pk_real *w, *next, *direction, *f;
@@ -30003,7 +30640,8 @@ static pk_status pk__compare_telescope(pk__comparing *c)
         status = pk_replay_prepare(c->context, c->run, 0, &replay);
     if (!status)
         status = pk__compare_telescope_run(c, &replay, piece, w, next, direction, f);
-    if (status == PK_MEMORY_LIMIT && piece == rows && rows > 64) /* one thread's block at a time */
+    if (status == PK_MEMORY_LIMIT && piece == rows &&
+        rows > 64) /* as many rows at a time as one thread takes */
         status = pk__compare_telescope_run(c, &replay, 64, w, next, direction, f);
     pk_replay_release(c->context, &replay);
     pk_release(c->context, arena.base);
@@ -30013,7 +30651,8 @@ static pk_status pk__compare_telescope(pk__comparing *c)
 
 /* ---- all rows -------------------------------------------------------------------------------------------- */
 
-/* Progress of a decomposition as a part of the whole, which does not fall where one goes through the run twice. */
+/* Turns the progress of one decomposition into that of the comparison, which never goes back, even if a decomposition goes
+ * through the run twice. */
 static int pk__compare_progress(void *user, const char *phase, double fraction)
 {
     pk__comparing *c = user;
@@ -30023,7 +30662,7 @@ static int pk__compare_progress(void *user, const char *phase, double fraction)
     return c->progress(c->progress_user, "comparing", c->reached);
 }
 
-/* What is there for all rows. */
+/* Takes the arrays for all rows. */
 static void pk__compare_take(pk__arena *arena, pk__comparing *c)
 {
     const size_t threads = (size_t)c->threads;
@@ -30039,7 +30678,7 @@ static void pk__compare_take(pk__arena *arena, pk__comparing *c)
     c->last_weights = pk__arena_take(arena, c->run->graph.spread, sizeof *c->last_weights);
 }
 
-/* The tables of `most` rows. */
+/* Takes the tables of `most` rows. */
 static void pk__compare_tables_take(pk__arena *arena, pk__comparing *c)
 {
     size_t numbers = 0;
@@ -30055,7 +30694,7 @@ static void pk__compare_tables_take(pk__arena *arena, pk__comparing *c)
     c->settled = pk__arena_take(arena, c->most, 1);
 }
 
-/* Chooses how many rows are taken at a time, whole blocks of them, and takes their tables. */
+/* Chooses how many rows are compared together (whole blocks), and takes their tables. */
 static pk_status pk__compare_tables(pk__comparing *c, size_t block, void **tables)
 {
     const size_t limit = c->context ? c->context->memory_limit : 0,
@@ -30064,7 +30703,7 @@ static pk_status pk__compare_tables(pk__comparing *c, size_t block, void **table
     const double row =
         (double)(PK__COMPARE_TABLES + 1) * sizeof(double) * (double)c->outputs * (double)c->examples;
     const double blocks = floor((double)room / row / (double)block);
-    /* The largest of all rules' plans. */
+    /* The settings whose plan needs the most memory of all rules. */
     memset(&c->how, 0, sizeof c->how);
     c->how.at_one_point = c->how.examples_move = 1;
     c->how.rows = c->inputs.rows;
@@ -30089,7 +30728,7 @@ static pk_status pk__compare_tables(pk__comparing *c, size_t block, void **table
     }
 }
 
-/* Into how many equal parts steps are cut whose kinks keep the sums from agreeing, from shapes alone. */
+/* The number of equal parts into which a step is cut if its kinks keep the sums from agreeing. It depends on shapes alone. */
 static size_t pk__compare_parts(const pk__job *job)
 {
     const pk_run *run = job->run;
@@ -30097,7 +30736,7 @@ static size_t pk__compare_parts(const pk__job *job)
     const double P = (double)graph->spread, C = (double)run->outputs, M = (double)job->inputs.rows;
     const double S = (double)run->steps, items = S > 0 ? (double)run->batch_offsets[run->steps] : 0;
     double widths = 0;
-    int kinks = 0;
+    int kinks = pk__criterion_kinks(&run->criterion, 1) > 0;
     for (size_t n = 1; n < graph->node_count; n++)
         kinks |= pk__is_switch(&graph->nodes[n]);
     for (size_t l = 0; l < graph->layers; l++) {
@@ -30112,7 +30751,7 @@ static size_t pk__compare_parts(const pk__job *job)
     return parts >= PK__COMPARE_COARSE ? parts : 0;
 }
 
-/* Largest, median and mean of what the rows have. */
+/* Computes the largest, the median and the mean over the rows and outputs. */
 static void pk__compare_summarize(pk__comparing *c, int rule)
 {
     const double *residual = c->residual + (size_t)rule * c->cells;
@@ -30138,7 +30777,7 @@ static pk_status pk__compare_all(pk__comparing *c)
     c->done = 0;
     c->share = 0.02;
     pk_status status = pk__compare_telescope(c);
-    if (!status) /* for how the rows are cut */
+    if (!status) /* which tells how the rows are cut into blocks */
         status = pk_allocate(c->context, 1, sizeof *job, "a plan", &job);
     if (!status) {
         pk__job_begin(job, c->context, c->run, c->inputs, &c->options);
@@ -30219,7 +30858,7 @@ typedef struct pk__reference_memory {
     double *lag;                              /* (N + 3) x P: e of each source and of the rest; or NULL */
     double *node, *weight;                    /* nodes: the rule on [0, 1] */
     pk_real *w, *next, *at, *one;             /* P each: w_s, w_{s+1}, w_s + t D_s, one gradient */
-    pk_real *sum, *state, *update;            /* P, V P, P: the optimiser's */
+    pk_real *sum, *state, *update;            /* P, V P, P: the optimizer's */
     pk_real *p;                               /* P */
     pk_real *jacobian, *f;                    /* M C x P, M C */
     double *phi, *gradient, *momentum, *rest; /* M C x P, (N + 2) x P twice, P */
@@ -30265,11 +30904,19 @@ static pk_status pk__reference_step(pk_context *context, const pk_run *run, size
     pk_status status = PK_OK;
     pk_run_batch(run, s, &batch);
     memset(m->gradient, 0, (N + PK__REFERENCE_OTHERS) * P * sizeof *m->gradient);
+    size_t row = 0;
+    const pk_array *recorded = pk_run_loss_gradients(run, s, &row);
     for (size_t b = 0; !status && b < batch.count; b++) {
-        const pk_batch item = {1, batch.items + b, NULL};
+        const int64_t first = 0;
+        const pk_batch item = {1, &first, NULL};
         const double c = batch.weights ? batch.weights[b] : 1 / (double)batch.count;
-        status = pk_loss_gradients_with(context, &run->graph, &run->criterion, m->w, &run->train, &item, NULL,
-                                        pk_matrix_view(m->one, 1, P));
+        pk_dataset one;
+        status = pk_dataset_rows(context, &run->train, (size_t)batch.items[b], 1, &one);
+        if (!status && recorded)
+            one.targets = pk_array_rows(recorded, row + b, 1);
+        if (!status)
+            status = pk_loss_gradients_with(context, &run->graph, &run->criterion, m->w, &one, &item, NULL,
+                                            pk_matrix_view(m->one, 1, P));
         for (size_t p = 0; !status && p < P; p++)
             m->gradient[(size_t)batch.items[b] * P + p] += scale * c * m->one[p];
     }
@@ -30346,7 +30993,7 @@ static void pk__reference_add(const pk_run *run, size_t s, size_t cells, const p
         }
 }
 
-/* The definition, with its memory. */
+/* The definition itself; the memory has been taken. */
 static pk_status pk__reference_run(pk_context *context, const pk_run *run, pk_matrix inputs, size_t pieces,
                                    int nodes, pk__reference_memory *m, const pk_reference *out)
 {
@@ -30477,15 +31124,18 @@ PK__BEGIN_COLD_CODE
 
 typedef struct pk__walk {
     const pk_run *run;
-    const pk_parameter_range *range; /* of parameters in one group: all of them where there are no groups */
+    /* ranges of parameters that belong to one group; one range of all, without groups */
+    const pk_parameter_range *range;
     size_t range_count;
     pk_parameter_range all;
-    pk_linear_form *forms; /* of the step: of parameters in no group, then of each group */
-    pk_real *gradient;     /* P: the caller's, scaled as the step's was */
-    pk_real *state, *p;    /* V P, P: the optimiser's vectors, the preconditioner of the step */
+    /* linear forms of the step: that of the parameters outside all groups, then one for each group */
+    pk_linear_form *forms;
+    /* P: the gradient of the step, filled in by the caller, with the step's gradient scale */
+    pk_real *gradient;
+    pk_real *state, *p; /* V P, P: the optimizer's vectors, the preconditioner of the step */
 } pk__walk;
 
-/* The arena's memory is zero where the walk starts. */
+/* The memory must be zero, which is the state before the first step. */
 PK__PRIVATE void pk__walk_take(pk__arena *arena, const pk_run *run, pk__walk *walk)
 {
     const size_t P = run->parameters,
@@ -30537,7 +31187,8 @@ PK__PRIVATE pk_status pk__walk_step(pk_context *context, pk__walk *walk, size_t 
     return status;
 }
 
-/* Whether gradients are divided by moments of earlier ones, so that forms need the gradients of all steps before. */
+/* Whether the optimizer divides by moments of earlier gradients, so that the linear form of a step depends on the gradients
+ * of all steps before it. */
 PK__PRIVATE int pk__walk_adapts(const pk_run *run)
 {
     pk_linear_form form;
@@ -30545,7 +31196,7 @@ PK__PRIVATE int pk__walk_adapts(const pk_run *run)
     return form.preconditioned;
 }
 
-/* The form of parameter number p; p grows from call to call, *range starts at 0. */
+/* The linear form of parameter number p. *range is 0 before the first call, and p grows from call to call. */
 PK__PRIVATE const pk_linear_form *pk__walk_form(const pk__walk *walk, size_t p, size_t *range)
 {
     while (p >= walk->range[*range].first + walk->range[*range].count)
@@ -30553,7 +31204,7 @@ PK__PRIVATE const pk_linear_form *pk__walk_form(const pk__walk *walk, size_t p, 
     return &walk->forms[walk->range[*range].group];
 }
 
-/* Examples of the largest batch of a run. */
+/* The number of examples in the largest batch of a run. */
 PK__PRIVATE size_t pk__largest_batch(const pk_run *run)
 {
     size_t largest = 0;
@@ -31067,7 +31718,7 @@ static void pk__sensing_take(pk__arena *arena, pk__sensing *m)
     m->total = pk__arena_take(arena, D, sizeof(double));
 }
 
-/* Forward: the linear forms of all steps, and, where the optimiser is adaptive, their preconditioners. */
+/* Forward: the linear forms of all steps, and, where the optimizer is adaptive, their preconditioners. */
 static pk_status pk__sensing_forms(pk__sensing *m)
 {
     const pk_run *run = m->run;
@@ -31095,7 +31746,7 @@ static pk_status pk__sensing_forms(pk__sensing *m)
     return status;
 }
 
-/* R_s and E_s of step s, and what decay and D_s take of them. */
+/* Computes R_s and E_s of step s, and the parts of decay and of D_s. */
 static void pk__sensing_back(pk__sensing *m, size_t s)
 {
     const pk_run *run = m->run;
@@ -31149,7 +31800,7 @@ static pk_status pk__sensing_batch(pk__sensing *m, size_t s)
                                                   &part, NULL, pk_matrix_view(m->gradients, count, P));
         if (status)
             return status;
-        /* Without layers all tensors at once, else one after the other. */
+        /* All tensors at once or, by layer, one after the other. */
         for (size_t b = 0; b < (m->options->by_layer ? m->block_count : 1); b++) {
             const size_t offset = m->options->by_layer ? run->graph.blocks[b].first : 0;
             const size_t width = m->options->by_layer ? run->graph.blocks[b].count : P;
@@ -31179,7 +31830,7 @@ static pk_status pk__sensing_gradient(pk__sensing *m, const pk_real *w, double *
 {
     const pk_graph *graph = &m->run->graph;
     const size_t D = m->out->inputs;
-    /* The cotangents and the place are memory that is used for other things later. */
+    /* Cotangents and result are arrays that other functions use later. */
     pk_status status =
         pk_vjp(m->context, graph, w, m->input, pk_matrix_view(m->phi.seeds, 1, graph->output_width),
                pk__no_matrix(), pk_matrix_view(m->products, 1, D));
@@ -31216,7 +31867,7 @@ static pk_status pk__sensing_run(pk__sensing *m)
     return status ? status : pk__sensing_gradient(m, m->next, m->out->initial);
 }
 
-/* What is left, and the judgement. */
+/* Computes the unattributed part and the closure, and judges the closure. */
 static pk_status pk__sensing_finish(pk__sensing *m)
 {
     pk_sensitivity *out = m->out;
@@ -31283,6 +31934,9 @@ static pk_status pk__sensing_check(pk_context *context, const pk_run *run, pk_ma
                         options->output, run->outputs);
     if (!(options->tolerance >= 0 && options->tolerance < INFINITY))
         return pk__fail(context, PK_ARGUMENT, "sensitivity: the tolerance is %g", options->tolerance);
+    if (run->loss_gradients.data)
+        return pk__fail(context, PK_UNSUPPORTED,
+                        "sensitivity: the run has recorded derivatives of a loss, not the loss");
     if (run->graph.surrogate)
         return pk__fail(context, PK_UNSUPPORTED,
                         "sensitivity: the network has an operation with a surrogate for a derivative");
@@ -31425,6 +32079,11 @@ PK_API int pk_kernel_map_find(const char *name)
     return -1;
 }
 
+PK_API pk_status pk_kernel_rule_parse(pk_context *context, const char *text, pk_quadrature *quadrature)
+{
+    return pk__rule_parse(context, text, 1, quadrature);
+}
+
 /* ---- layers that are fed ------------------------------------------------------------------------------- */
 
 static int pk__is_matrix_layer(const pk_node *node)
@@ -31491,19 +32150,26 @@ static pk_status pk__kernel_check_steps(pk_context *context, const pk_run *run,
     return PK_OK;
 }
 
-static pk_status pk__kernel_check_rule(pk_context *context, const pk_kernel_options *options)
+static pk_status pk__kernel_check_rule(pk_context *context, const pk_run *run, const pk_kernel_options *options)
 {
     const pk__kernel_row *row = &pk__kernel_rows[options->kind];
     const pk_quadrature *rule = &options->quadrature;
+    if ((row->feature == PK__FEATURE_LOSS || row->right_loss) && run->loss_gradients.data)
+        return pk__fail(context, PK_UNSUPPORTED,
+                        "%s: the run has recorded derivatives of a loss, at its own steps only, so that gradients of the "
+                        "loss at other weights are not known",
+                        row->name);
     if (!row->moves && rule->rule != PK_RULE_AUTO && rule->rule != PK_RULE_LEFT)
         return pk__fail(context, PK_ARGUMENT,
                         "%s takes its features at the weights themselves: no rule but left", row->name);
-    if ((int)rule->rule < 0 || rule->rule > PK_RULE_LEFT || rule->rule == PK_RULE_EXACT)
+    if (!pk_rule_name(rule->rule) || pk__rules[rule->rule].kernel_nodes == PK__NO_RULE)
         return pk__fail(context, PK_ARGUMENT, "%s: rule %d is none of auto, left, gauss, midpoint, trapezoid",
                         row->name, (int)rule->rule);
-    if (rule->nodes < 0 || rule->nodes > (rule->rule == PK_RULE_GAUSS ? 1000 : PK_RULE_NODES) ||
-        (rule->rule == PK_RULE_TRAPEZOID && rule->nodes == 1))
-        return pk__fail(context, PK_ARGUMENT, "%s: the rule cannot have %d nodes", row->name, rule->nodes);
+    const int least = pk__rules[rule->rule].least,
+              most = rule->rule == PK_RULE_GAUSS ? (int)PK_KERNEL_GAUSS_NODES : (int)PK_RULE_NODES;
+    if (rule->nodes && least && (rule->nodes < least || rule->nodes > most))
+        return pk__fail(context, PK_ARGUMENT, "%s: the rule %s cannot have %d nodes; it takes %d to %d",
+                        row->name, pk_rule_name(rule->rule), rule->nodes, least, most);
     if (!(options->tolerance >= 0 && options->tolerance < 1))
         return pk__fail(context, PK_ARGUMENT, "%s: the tolerance %g is not in [0, 1)", row->name,
                         options->tolerance);
@@ -31543,7 +32209,23 @@ static pk_status pk__kernel_check_options(pk_context *context, const pk_run *run
         return pk__fail(context, PK_UNSUPPORTED,
                         "%s: the network has no matrix layer (dense, conv, embedding, attention)", row->name);
     pk_status status = pk__kernel_check_steps(context, run, options);
-    return status ? status : pk__kernel_check_rule(context, options);
+    return status ? status : pk__kernel_check_rule(context, run, options);
+}
+
+/* Whether the operations of the network take the numbers of each row: tokens are whole numbers in a range. */
+static pk_status pk__kernel_check_tokens(pk_context *context, const pk_graph *graph, const pk_array *inputs,
+                                         const char *where)
+{
+    pk_real *row = NULL;
+    if (!graph->checked)
+        return PK_OK;
+    pk_status status = pk_allocate(context, graph->input_width, sizeof *row, "one row", &row);
+    for (size_t r = 0; !status && r < pk_array_length(inputs); r++) {
+        pk_array_reals(inputs, r * graph->input_width, graph->input_width, row);
+        status = pk__prefix(context, pk_graph_check_inputs(context, graph, r, row), "%s: ", where);
+    }
+    pk_release(context, row);
+    return status;
 }
 
 /* Rows of a side: their width, numbers and, where the kernel needs them, targets. */
@@ -31560,6 +32242,8 @@ static pk_status pk__kernel_check_side(pk_context *context, const pk_run *run, c
     pk_status status = train ? PK_OK : pk_run_check_inputs(context, run, &data->inputs, text);
     if (!status && !train)
         status = pk__check_finite(context, text, &data->inputs);
+    if (!status && !train)
+        status = pk__kernel_check_tokens(context, &run->graph, &data->inputs, text);
     const size_t count = pk_array_length(&data->inputs);
     if (status || (row->feature != PK__FEATURE_LOSS && options->outputs != PK_OUTPUTS_LABEL))
         return status;
@@ -31570,7 +32254,10 @@ static pk_status pk__kernel_check_side(pk_context *context, const pk_run *run, c
         return pk__fail(context, PK_SHAPE, "%s: %zu rows of targets for %zu rows of inputs", text,
                         data->targets.rank < 1 ? (size_t)0 : pk_array_length(&data->targets), count);
     if (row->feature == PK__FEATURE_LOSS)
-        return train || !count ? PK_OK : pk_criterion_check(context, &run->criterion, data, run->outputs);
+        return train || !count
+                   ? PK_OK
+                   : pk__prefix(context, pk_criterion_check(context, &run->criterion, data, run->outputs),
+                                "%s: ", text);
     if (!pk__is_labels(&data->targets))
         return pk__fail(context, PK_ARGUMENT,
                         "%s: targets are not class labels, one whole number a row, which outputs by label need",
@@ -33438,15 +34125,17 @@ static void pk__kernel_pass_set(pk__kernel_pass *pass, const pk_dataset *left, c
     }
     pk__kernel_terms(pass);
     const size_t B = pk__pass_block(pass);
-    size_t width = 1, layers = 1, most = 1;
+    size_t width = 1, layers = 1, most = 1, rows_of_all = 1;
     for (size_t k = 0; k < pass->count; k++) {
+        rows_of_all = pk__max(rows_of_all, pk__max(pass->kernel[k].rows, pass->kernel[k].columns));
         width = pk__max(width, pass->kernel[k].width);
         layers = pk__max(layers, pass->kernel[k].layers);
         most =
             pk__max(most, pk__max(pk__blocks(pass->kernel[k].rows, B), pk__blocks(pass->kernel[k].columns, B)));
     }
     pass->orders = most * most;
-    pass->capacity = B * width * B * width * layers;
+    const size_t numbers = pk__min(B, rows_of_all) * width;
+    pass->capacity = numbers * numbers * layers;
 }
 
 static void pk__kernel_pass_release(pk__kernel_pass *pass)
@@ -34380,6 +35069,67 @@ PK_API pk_status pk_novelty(pk_context *context, size_t n, const double *gram, s
         *report = own;
     pk_release(context, arena.base);
     return PK_OK;
+}
+
+/* The matrices of all steps and layers, one behind the other: train (N x N), cross (M x N), then each row and each training row
+ * with itself. */
+static pk_status pk__novelty_planes(pk_context *context, const pk_run *run, const pk_dataset *rows,
+                                    const pk_kernel_options *options, const pk_novelty_options *novelty,
+                                    double *memory, double *energies, pk_novelty_report *reports)
+{
+    const size_t N = run->examples, M = pk__kernel_count(run, rows), layers = pk__kernel_layers(run, options);
+    const size_t planes = pk__kernel_slots(run, options) * layers;
+    double *train = memory, *cross = train + planes * N * N, *own = cross + planes * M * N,
+           *spare = own + planes * M;
+    pk_status status = pk_kernels(context, run, NULL, NULL, 1, options, &train, NULL);
+    if (!status)
+        status = pk_kernels(context, run, rows, NULL, 1, options, &cross, NULL);
+    if (!status)
+        status = pk__kernel_diagonals(context, run, rows, NULL, options, own, spare);
+    for (size_t p = 0; !status && p < planes; p++)
+        status = pk_novelty(context, N, train + p * N * N, M, cross + p * M * N, own + p * M, novelty,
+                            energies + p * M, reports ? &reports[p] : NULL);
+    return status;
+}
+
+PK_API pk_status pk_kernel_novelty(pk_context *context, const pk_run *run, const pk_dataset *rows,
+                                   const pk_kernel_options *options, const pk_novelty_options *novelty,
+                                   double *energies, pk_novelty_report *reports)
+{
+    size_t shape[6], planes = 0, numbers = 0;
+    int rank = 0;
+    double *memory = NULL;
+    if (!rows || !energies)
+        return pk__fail(context, PK_ARGUMENT, "novelty: the rows or the place for the energies are missing");
+    pk_status status = pk_kernel_shape(context, run, rows, NULL, options, shape, &rank);
+    if (status)
+        return status;
+    const char *name = pk_kernel_name(options->kind);
+    if (options->outputs == PK_OUTPUTS_FULL || options->map != PK_MAP_NONE || options->left_train)
+        return pk__fail(
+            context, PK_ARGUMENT,
+            "novelty: %s needs one number for each pair of rows: outputs full, maps and left_train do not "
+            "give the products of features",
+            name);
+    if (pk__kernel_rows[options->kind].weighted == PK__RIGHT && !options->unweighted)
+        return pk__fail(context, PK_ARGUMENT,
+                        "novelty: the two sides of %s have different features; take it unweighted", name);
+    const size_t N = run->examples, M = pk__kernel_count(run, rows);
+    if (!pk__multiply(pk__kernel_slots(run, options), pk__kernel_layers(run, options), &planes) ||
+        M > SIZE_MAX / 4 - N || !pk__multiply(N + M, N + 1, &numbers) ||
+        !pk__multiply(numbers, planes, &numbers) || numbers > SIZE_MAX / 64)
+        return pk__fail(context, PK_OVERFLOW, "novelty: matrices of %zu and %zu rows overflow", N, M);
+    status = pk_allocate(context, numbers, sizeof *memory, "the matrices of novelty", &memory);
+    if (!status && planes > 0 && M > 0)
+        status = pk__novelty_planes(context, run, rows, options, novelty, memory, energies, reports);
+    pk_release(context, memory);
+    if (status == PK_MEMORY_LIMIT) {
+        pk__kernel_sample sample = {.run = run, .left = rows, .count = 1, .options = options};
+        sample.beside =
+            pk__kernel_beside(run, rows, NULL, 1, options) + (numbers + N * (N + 1)) * sizeof *memory;
+        return pk__fail_with_least(context, "novelty", pk__kernel_sample_run, &sample);
+    }
+    return status;
 }
 
 static int pk__compare_numbers(const void *a, const void *b)
@@ -36177,8 +36927,10 @@ static const pk_field pk__layout[] = {
     PK__TYPE(pk_quadrature),
     PK__FIELD(pk_quadrature, rule),
     PK__FIELD(pk_quadrature, nodes),
+    PK__TYPE(pk_average),
     PK__TYPE(pk_decompose_options),
     PK__FIELD(pk_decompose_options, quadrature),
+    PK__FIELD(pk_decompose_options, average),
     PK__FIELD(pk_decompose_options, tolerance),
     PK__FIELD(pk_decompose_options, unattributed),
     PK__FIELD(pk_decompose_options, readout.kind),
@@ -36219,6 +36971,7 @@ static const pk_field pk__layout[] = {
     PK__FIELD(pk_decomposition, final),
     PK__FIELD(pk_decomposition, data),
     PK__FIELD(pk_decomposition, decay),
+    PK__FIELD(pk_decomposition, inherited),
     PK__FIELD(pk_decomposition, unattributed),
     PK__FIELD(pk_decomposition, closure),
     PK__FIELD(pk_decomposition, kept),
