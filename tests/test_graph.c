@@ -434,7 +434,7 @@ static void test_constant_outputs(void **state)
         pk__arena arena = {FIXTURE_NEW(unsigned char, measure.used), measure.used, 0, 0};
         pk__examples_take(&arena, &graph, ROWS, &how, &examples);
         pk__example_workspace_take(&arena, &graph, ROWS, &room);
-        pk__examples_begin(&examples, &batch);
+        pk__examples_begin(&examples, &batch, NULL, 0);
         memset(gradient, 0, sizeof gradient);
         const pk_criterion squared = {.loss = PK_SQUARED};
         pk__examples_fill(&examples, &graph, &squared, w, &data, &batch, 0, &room, gradient);
