@@ -385,6 +385,56 @@ static void pk__blis_product(int transpose_a, int transpose_b, size_t m, size_t 
 }
 #endif
 
+/* C (m x n) = beta C + alpha A B, with number l of row i of A at i down + l along: four rows at a time, in registers.
+ * For matrices that are too small for a product which packs them. */
+#define PK__DEFINE_SMALL(suffix, attributes, vectors)                                                        \
+    attributes static void pk__small_##suffix(size_t m, size_t n, size_t k, pk_real alpha, const pk_real *a, \
+                                              size_t down, size_t along, const pk_real *b, size_t ldb,       \
+                                              pk_real beta, pk_real *c, size_t ldc)                          \
+    {                                                                                                        \
+        typedef vectors vector;                                                                              \
+        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)), ROWS = 4 };                                  \
+        const vector zero = {0};                                                                             \
+        for (size_t i = 0; i < m; i += ROWS) {                                                               \
+            const size_t rows = m - i < ROWS ? m - i : ROWS;                                                 \
+            const pk_real *r0 = a + i * down, *r1 = r0 + (rows > 1 ? down : 0),                              \
+                          *r2 = r1 + (rows > 2 ? down : 0), *r3 = r2 + (rows > 3 ? down : 0);                \
+            size_t j = 0;                                                                                    \
+            for (; j + lanes <= n; j += lanes) {                                                             \
+                vector sums[ROWS] = {zero, zero, zero, zero};                                                \
+                for (size_t l = 0; l < k; l++) {                                                             \
+                    const vector other = *(const vector *)(b + l * ldb + j);                                 \
+                    sums[0] = PK__ADD_##suffix(sums[0], (r0[l * along] - zero), other);                      \
+                    sums[1] = PK__ADD_##suffix(sums[1], (r1[l * along] - zero), other);                      \
+                    sums[2] = PK__ADD_##suffix(sums[2], (r2[l * along] - zero), other);                      \
+                    sums[3] = PK__ADD_##suffix(sums[3], (r3[l * along] - zero), other);                      \
+                }                                                                                            \
+                for (size_t r = 0; r < rows; r++) {                                                          \
+                    vector *to = (vector *)(c + (i + r) * ldc + j);                                          \
+                    if (beta == 0)                                                                           \
+                        *to = alpha * sums[r];                                                               \
+                    else                                                                                     \
+                        *to = beta * *to + alpha * sums[r];                                                  \
+                }                                                                                            \
+            }                                                                                                \
+            for (; j < n; j++)                                                                               \
+                for (size_t r = 0; r < rows; r++) {                                                          \
+                    pk_real *to = c + (i + r) * ldc + j, sum = 0;                                            \
+                    for (size_t l = 0; l < k; l++)                                                           \
+                        sum += a[(i + r) * down + l * along] * b[l * ldb + j];                               \
+                    *to = alpha * sum + (beta == 0 ? 0 : beta * *to);                                        \
+                }                                                                                            \
+        }                                                                                                    \
+    }
+PK__FOR_PROCESSORS(PK__DEFINE_SMALL)
+
+PK__PRIVATE void pk__small_product(size_t m, size_t n, size_t k, pk_real alpha, const pk_real *a, size_t down,
+                                   size_t along, const pk_real *b, size_t ldb, pk_real beta, pk_real *c,
+                                   size_t ldc)
+{
+    PK__ON_PROCESSOR(pk__small, (m, n, k, alpha, a, down, along, b, ldb, beta, c, ldc));
+}
+
 /* C := beta C + alpha op(A) op(B), row-major, unchecked, one thread, no allocation of ours; any of m, n and k
  * may be 0. With alpha == 0, A and B are not read. */
 PK__PRIVATE void pk__gemm(int transpose_a, int transpose_b, size_t m, size_t n, size_t k, pk_real alpha,

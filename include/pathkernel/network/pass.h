@@ -98,6 +98,7 @@ PK__BEGIN_CODE
 
 enum {
     PK__MANY_POSITIONS = 16,
+    PK__FEW_POSITIONS = 64,    /* a sum of so many outer products needs no packing */
     PK__MANY_COTANGENTS = 8,   /* of a row of the line, for a layer's weights, */
     PK__FEW_WEIGHTS = 1 << 14, /* that stay in the cache: so many at most */
     PK__TRANSPOSED = 1 << 16   /* parameters of a network whose matrices are transposed */
@@ -344,6 +345,9 @@ PK__PRIVATE void pk__node_row_gradients(const pk_call *call)
                 for (size_t j = 0; j < out; j++)
                     for (size_t k = 0; k < in; k++)
                         gradient[j * in + k] = delta[j] * places[k];
+            else if (positions <= (size_t)PK__FEW_POSITIONS)
+                pk__small_product(out, in, positions, 1, delta, first ? positions : 1, first ? 1 : out, places,
+                                  in, 0, gradient, in);
             else
                 pk__gemm(!first, 0, out, in, positions, 1, delta, first ? positions : out, places, in, 0,
                          gradient, in);

@@ -265,11 +265,11 @@ static pk_status pk__attend_shape(pk_context *context, const pk_graph *graph, pk
     return PK_OK;
 }
 
-/* P and, for the derivatives, three more matrices of one head of one row. */
+/* P and, for the derivatives, three more matrices of one head of one row; then a slice of a head, transposed. */
 static size_t pk__attend_scratch(const pk_node *node, size_t rows, size_t copies)
 {
     (void)rows, (void)copies;
-    return 4 * node->shape.dims[0] * node->shape.dims[0];
+    return node->shape.dims[0] * (4 * node->shape.dims[0] + node->shape.dims[1]);
 }
 
 /* The sizes, and where a head's queries, keys and values start in a row. */
@@ -279,10 +279,12 @@ typedef struct pk__heads {
     size_t key, value;           /* the query is at 0 */
     pk_real scale;
     int causal, shared;
+    pk_real *turned; /* depth x tokens, room */
 } pk__heads;
 
-static pk__heads pk__attend_heads(const pk_node *node)
+static pk__heads pk__attend_heads(const pk_call *call)
 {
+    const pk_node *node = call->node;
     pk__heads h;
     h.heads = (size_t)node->attributes[PK_ATTEND_HEADS];
     h.causal = node->attributes[PK_ATTEND_CAUSAL] != 0;
@@ -294,49 +296,37 @@ static pk__heads pk__attend_heads(const pk_node *node)
     h.key = h.shared ? 0 : h.out;
     h.value = 2 * h.key;
     h.scale = (pk_real)(1 / sqrt((double)h.depth));
+    h.turned = call->scratch + 4 * h.tokens * h.tokens;
     return h;
 }
 
-/* C := beta C + alpha op(A) B, or op(A) B^T where A is not transposed. Heads of a few short tokens are too
- * small for a library's product. */
-static void pk__attend_product(int transpose_a, int transpose_b, size_t m, size_t n, size_t k, pk_real alpha,
-                               const pk_real *a, size_t lda, const pk_real *b, size_t ldb, pk_real beta,
-                               pk_real *c, size_t ldc)
+/* C := beta C + alpha op(A) B. Heads of a few short tokens are too small for a library's product. */
+static void pk__attend_product(int transpose_a, size_t m, size_t n, size_t k, pk_real alpha, const pk_real *a,
+                               size_t lda, const pk_real *b, size_t ldb, pk_real beta, pk_real *c, size_t ldc)
 {
     if (m * n * k > 8192) {
-        pk__gemm(transpose_a, transpose_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+        pk__gemm(transpose_a, 0, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
         return;
     }
     const size_t down = transpose_a ? 1 : lda, along = transpose_a ? lda : 1;
-    for (size_t i = 0; i < m; i++, a += down, c += ldc) {
-        if (transpose_b) {
-            for (size_t j = 0; j < n; j++)
-                c[j] = (beta == 0 ? 0 : beta * c[j]) + alpha * (pk_real)pk__sum_products(k, a, b + j * ldb);
-            continue;
-        }
-        if (beta != 1)
-            for (size_t j = 0; j < n; j++)
-                c[j] = beta == 0 ? 0 : beta * c[j];
-        for (size_t l = 0; l < k; l++) {
-            const pk_real factor = alpha * a[l * along], *row = b + l * ldb;
-            for (size_t j = 0; j < n; j++)
-                c[j] += factor * row[j];
-        }
-    }
+    pk__small_product(m, n, k, alpha, a, down, along, b, ldb, beta, c, ldc);
 }
 
 /* tokens x tokens = beta to + alpha a b^T, of slices of a head, and tokens x depth += alpha op(p) b. */
 static void pk__scores(const pk__heads *h, pk_real alpha, const pk_real *a, size_t lda, const pk_real *b,
                        size_t ldb, pk_real beta, pk_real *to)
 {
-    pk__attend_product(0, 1, h->tokens, h->tokens, h->depth, alpha, a, lda, b, ldb, beta, to, h->tokens);
+    for (size_t i = 0; i < h->tokens; i++)
+        for (size_t j = 0; j < h->depth; j++)
+            h->turned[j * h->tokens + i] = b[i * ldb + j];
+    pk__attend_product(0, h->tokens, h->tokens, h->depth, alpha, a, lda, h->turned, h->tokens, beta, to,
+                       h->tokens);
 }
 
 static void pk__mix(const pk__heads *h, int transpose, pk_real alpha, const pk_real *p, const pk_real *b,
                     size_t ldb, pk_real beta, pk_real *to, size_t ldto)
 {
-    pk__attend_product(transpose, 0, h->tokens, h->depth, h->tokens, alpha, p, h->tokens, b, ldb, beta, to,
-                       ldto);
+    pk__attend_product(transpose, h->tokens, h->depth, h->tokens, alpha, p, h->tokens, b, ldb, beta, to, ldto);
 }
 
 /* The tokens that token i sees. */
@@ -397,7 +387,7 @@ static void pk__attend_weights_tangent(const pk__heads *h, const pk_real *x, con
 
 static void pk__attend_forward(const pk_call *call)
 {
-    const pk__heads h = pk__attend_heads(call->node);
+    const pk__heads h = pk__attend_heads(call);
     for (size_t row = 0; row < call->rows; row++)
         for (size_t head = 0; head < h.heads; head++) {
             const pk_real *x = call->in[0] + row * call->in_width[0] + head * h.depth;
@@ -410,7 +400,7 @@ static void pk__attend_forward(const pk_call *call)
 /* O. = P. V + P V. */
 static void pk__attend_tangent(const pk_call *call)
 {
-    const pk__heads h = pk__attend_heads(call->node);
+    const pk__heads h = pk__attend_heads(call);
     pk_real *p = call->scratch, *p_dot = p + h.tokens * h.tokens;
     if (!call->in_tangent[0])
         memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
@@ -430,7 +420,7 @@ static void pk__attend_tangent(const pk_call *call)
  * S K, of K scale S^T Q. */
 static void pk__attend_reverse(const pk_call *call)
 {
-    const pk__heads h = pk__attend_heads(call->node);
+    const pk__heads h = pk__attend_heads(call);
     pk_real *p = call->scratch, *s = p + h.tokens * h.tokens;
     const pk_real add = call->accumulate[0] ? 1 : 0;
     for (size_t row = 0; row < call->rows; row++)
@@ -452,7 +442,7 @@ static void pk__attend_reverse(const pk_call *call)
 /* The derivative of reverse along the tangent v of the input. */
 static void pk__attend_curvature(const pk_call *call)
 {
-    const pk__heads h = pk__attend_heads(call->node);
+    const pk__heads h = pk__attend_heads(call);
     const size_t square = h.tokens * h.tokens;
     pk_real *p = call->scratch, *p_dot = p + square, *s = p_dot + square, *s_dot = s + square;
     for (size_t row = 0; call->in_tangent[0] && row < call->rows; row++)
