@@ -3,6 +3,7 @@
  */
 #ifndef PATHKERNEL_FACTORS_H
 #define PATHKERNEL_FACTORS_H
+#include "cost.h"
 #include "../training/gradient.h"
 
 /* >>> declarations */
@@ -24,8 +25,7 @@ typedef struct pk__representation {
 } pk__representation;
 
 /* 1: gradients of the examples are materialized for the node's weights. Where Phi is, too, that costs fewest flops, as
- * long as a step's gradients fit into 256 MiB; else by flops a row and step with five points, where a Hadamard product
- * of one number counts as 8. */
+ * long as a step's gradients fit into 256 MiB; else by flops (cost.h) with five points a step. */
 PK__INTERNAL int pk__layer_by_rows(const pk__representation *representation, const pk_node *node);
 
 /* Factors of c_i grad l_i for the examples of a batch, in panels of PK_PANEL examples: feature j of batch position b is
@@ -114,11 +114,13 @@ PK__INTERNAL int pk__layer_by_rows(const pk__representation *representation, con
         return 1;
     if (representation->materialized)
         return representation->batch <= ((size_t)1 << 25) / node->weight_count;
-    const double places = (double)node->positions, in = (double)node->fan_in, out = (double)node->fan_out;
-    const double outputs = (double)representation->outputs, batch = (double)representation->batch, points = 5;
-    const double factored = points * batch * places * places * (2 * in + (2 * out + 8) * outputs);
-    const double by_rows = 2 * outputs * out * in * (batch + points * places);
-    return !representation->factored && by_rows <= factored;
+    const pk__product_sizes sizes = {.left = (double)representation->outputs,
+                                     .right = 1,
+                                     .summed = 1,
+                                     .points = 5,
+                                     .formed = 1 / (double)pk__max(representation->batch, 1)};
+    return !representation->factored && pk__product_flops(PK__PRODUCT_BY_ROWS, node, &sizes) <=
+                                            pk__product_flops(PK__PRODUCT_FACTORED, node, &sizes);
 }
 
 PK__INTERNAL void pk__examples_take(pk__arena *arena, const pk_graph *graph, size_t capacity,

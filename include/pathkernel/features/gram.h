@@ -14,6 +14,12 @@
  * embeddings are. Where layers share tensors, the gradients of the parameters themselves are formed, since the uses of
  * a tensor meet each other in the product.
  *
+ * With unit seeds and the sum over equal outputs, the layer below the last one, d_k = slope o W^T seed_k, is
+ *     (a_i . a_j + 1) sum_h slope_ih slope_jh sum_k (W^T seed_k)_h^2,
+ * in which outputs cost nothing. A request may be a sum over nodes, weights at which rows are taken: what does not depend on the
+ * node is multiplied once, and where one factor alone does, the sum over nodes is part of its product. What a form costs
+ * tells cost.h.
+ *
  * Rows go through the network in blocks, and their factors are kept: all rows' where the memory limit allows it (without
  * a limit, up to a GiB), else the blocks of one side are computed again for each large block of the other. Blocks and
  * tiles are cut by shapes alone: the same bits for any number of threads and any memory limit. The bits of an entry
@@ -58,9 +64,10 @@ typedef struct pk__gram_request {
     const pk_graph *graph;
     const pk_criterion *criterion; /* PK__SEEDS_LOSS */
     int summed;                    /* PK__SEEDS_UNITS: 1: the sum over equal outputs; 0: all outputs with all */
-    int by_layer;     /* result holds a matrix for each of graph->columns layers, one behind the other */
-    size_t nodes;     /* the result is a sum over so many nodes, with weights node_weight; 0: one, with weight 1 */
+    int by_layer; /* result holds a matrix for each of graph->columns layers, one behind the other */
+    size_t nodes; /* the result is a sum over so many nodes, with weights node_weight; 0: one, with weight 1 */
     const double *node_weight;
+    int apart;        /* result holds the matrices of the nodes, one behind the other, instead of their sum */
     pk_matrix result; /* rows x columns, each times C where all outputs are there */
 } pk__gram_request;
 
@@ -75,6 +82,9 @@ PK__INTERNAL pk_status pk__gram_compute(pk_context *context, const pk__gram_requ
 #define PATHKERNEL_GRAM_IMPLEMENTED
 /* >>> implementation */
 #include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 PK__BEGIN_CODE
 
 /* How a layer's part is had. */
@@ -97,10 +107,10 @@ typedef struct pk__gram_layer {
     size_t left_at, right_at; /* of the numbers kept of a row, how many are in front of these */
     size_t depth;             /* terms of a product of two cotangents or gradients */
     const pk_node *last;      /* SLOPES: the last layer */
-    pk_real *seen[2];         /* SLOPES: of each side, nodes x terms x outputs x width: W^T seed_k; then D^T seed_k */
-    pk_real *factor;          /* SLOPES: nodes x terms x terms x width: sum_k of products of these */
-    size_t places, examples;  /* PLACES: how many places of one row with how many other rows at one time */
-    pk_real *constant;        /* CONSTANT: kept x kept */
+    pk_real *seen[2]; /* SLOPES: of each side, nodes x terms x outputs x width: W^T seed_k; then D^T seed_k */
+    pk_real *factor;  /* SLOPES: nodes x terms x terms x width: sum_k of products of these */
+    size_t places, examples; /* PLACES: how many places of one row with how many other rows at one time */
+    pk_real *constant;       /* CONSTANT: kept x kept */
 } pk__gram_layer;
 
 /* Rows with their factors: layer after layer, each capacity x left, then capacity x right. */
@@ -125,7 +135,7 @@ typedef struct pk__gram {
     size_t outputs, kept; /* cotangents of a row; of these, how many the result has: all or 1 */
     size_t nodes;
     const double *node_weight;
-    double weight_sum;
+    int apart;
     size_t terms; /* SLOPES: of V = W + t D, 2 where rows have a t of their own, else 1 */
     int slopes;   /* sums over outputs of rows with unit seeds */
     int lean;     /* no row needs a pass back */
@@ -509,8 +519,8 @@ static void pk__gram_fill_nodes(const pk__gram *gram, pk__gram_side *side, pk__g
 
 /* tile += weight times the sum over pairs of places (a_q . a_r + bias) (d_q . d_r). */
 static void pk__gram_places(const pk__gram *gram, const pk__gram_layer *layer, pk__gram_lane *lane,
-                            pk_real weight, const pk_real *x_left, const pk_real *x_right, const pk_real *y_left,
-                            const pk_real *y_right, size_t rows, size_t columns)
+                            pk_real weight, const pk_real *x_left, const pk_real *x_right,
+                            const pk_real *y_left, const pk_real *y_right, size_t rows, size_t columns)
 {
     const size_t positions = layer->node->positions, in = layer->node->fan_in, kept = gram->kept,
                  depth = layer->depth, ld = columns * kept;
@@ -573,6 +583,11 @@ static void pk__gram_join(const pk__gram *gram, const pk__gram_layer *layer, pk_
                           size_t columns, pk_real bias)
 {
     const size_t kept = gram->kept, ld = columns * kept;
+    if (kept == 1 && layer->form != PK__GRAM_CONSTANT) {
+        for (size_t i = 0; i < rows * columns; i++)
+            lane->tile[i] += (lane->left[i] + bias) * lane->right[i];
+        return;
+    }
     for (size_t r = 0; r < rows; r++) {
         for (size_t s = 0; s < ld; s++)
             lane->spread[s] = lane->left[r * columns + s / kept] + bias;
@@ -590,26 +605,31 @@ static void pk__gram_join(const pk__gram *gram, const pk__gram_layer *layer, pk_
     }
 }
 
-/* tile = the kernel of rows at i ... of x and j ... of y, of all layers or, column >= 0, of those of one; the sum over the
- * nodes. Where only one factor depends on the node, that one is summed first, in the products. */
+/* tile = the kernel of rows at i ... of x and j ... of y, of all layers or, column >= 0, of those of one; the sum over some
+ * nodes, from number first on. Where only one factor depends on the node, that one is summed first, in the products. */
 static void pk__gram_tile(const pk__gram *gram, pk__gram_lane *lane, const pk__gram_side *x, size_t i,
-                          size_t rows, const pk__gram_side *y, size_t j, size_t columns, int column)
+                          size_t rows, const pk__gram_side *y, size_t j, size_t columns, size_t first,
+                          size_t nodes, int column)
 {
-    const size_t kept = gram->kept, ld = columns * kept, nodes = gram->nodes;
+    const size_t kept = gram->kept, ld = columns * kept, end = first + nodes;
+    double weight_sum = 0;
     const pk_node *input = NULL; /* whose Gram matrix is in lane->left, of all nodes */
     memset(lane->tile, 0, rows * kept * ld * sizeof *lane->tile);
+    for (size_t q = first; q < end; q++)
+        weight_sum += gram->node_weight[q];
     for (size_t l = 0; l < gram->layers; l++) {
         const pk__gram_layer *layer = &gram->layer[l];
         const size_t depth = layer->depth;
         if (column >= 0 && layer->column != column)
             continue;
         if (layer->form == PK__GRAM_ROWS || layer->form == PK__GRAM_PLACES) {
-            for (size_t q = 0; q < nodes; q++) {
+            for (size_t q = first; q < end; q++) {
                 const pk_real weight = (pk_real)gram->node_weight[q];
-                const pk_real *x_right = pk__gram_right(x, layer, q, i), *y_right = pk__gram_right(y, layer, q, j);
+                const pk_real *x_right = pk__gram_right(x, layer, q, i),
+                              *y_right = pk__gram_right(y, layer, q, j);
                 if (layer->form == PK__GRAM_ROWS)
-                    pk__gemm(0, 1, rows * kept, ld, depth, weight, x_right, depth, y_right, depth, 1, lane->tile,
-                             ld);
+                    pk__gemm(0, 1, rows * kept, ld, depth, weight, x_right, depth, y_right, depth, 1,
+                             lane->tile, ld);
                 else
                     pk__gram_places(gram, layer, lane, weight, pk__gram_left(x, layer, q, i), x_right,
                                     pk__gram_left(y, layer, q, j), y_right, rows, columns);
@@ -621,24 +641,24 @@ static void pk__gram_tile(const pk__gram *gram, pk__gram_lane *lane, const pk__g
         const int constant = layer->form == PK__GRAM_CONSTANT;
         if (nodes == 1 || layer->data) { /* inputs that all nodes share */
             if (input != own)
-                pk__gram_inputs(layer, x, i, rows, y, j, columns, 0, 1, 0, lane->left);
+                pk__gram_inputs(layer, x, i, rows, y, j, columns, first, 1, 0, lane->left);
             input = own;
-            for (size_t q = 0; q < nodes && !constant; q++)
-                pk__gram_cotangents(gram, layer, lane, x, i, rows, y, j, columns, q, q > 0, lane->right);
+            for (size_t q = first; q < end && !constant; q++)
+                pk__gram_cotangents(gram, layer, lane, x, i, rows, y, j, columns, q, q > first, lane->right);
             pk__gram_join(gram, layer, lane, rows, columns, layer->bias);
             continue;
         }
         input = NULL;
-        for (size_t q = 0; q < nodes; q++) {
+        for (size_t q = first; q < end; q++) {
             pk__gram_inputs(layer, x, i, rows, y, j, columns, q, constant ? gram->node_weight[q] : 1,
-                            constant && q > 0, lane->left);
+                            constant && q > first, lane->left);
             if (constant)
                 continue;
             pk__gram_cotangents(gram, layer, lane, x, i, rows, y, j, columns, q, 0, lane->right);
             pk__gram_join(gram, layer, lane, rows, columns, layer->bias);
         }
         if (constant)
-            pk__gram_join(gram, layer, lane, rows, columns, (pk_real)(layer->bias * gram->weight_sum));
+            pk__gram_join(gram, layer, lane, rows, columns, (pk_real)(layer->bias * weight_sum));
     }
 }
 
@@ -722,8 +742,11 @@ static pk_status pk__gram_pairs(pk__gram *gram, const pk__gram_side *x, const pk
             i *= gram->tile, j *= gram->tile;
             const size_t rows = pk__min(gram->tile, x->rows - i), columns = pk__min(gram->tile, y->rows - j);
             size_t *bad = &gram->bad[pk__thread()];
-            for (size_t c = 0; c < (gram->by_layer ? gram->graph->columns : 1); c++) {
-                pk__gram_tile(gram, &lane, x, i, rows, y, j, columns, gram->by_layer ? (int)c : -1);
+            const size_t parts = gram->by_layer ? gram->graph->columns : 1,
+                         sums = gram->apart ? gram->nodes : 1;
+            for (size_t c = 0; c < sums * parts; c++) {
+                pk__gram_tile(gram, &lane, x, i, rows, y, j, columns, c / parts, gram->nodes / sums,
+                              gram->by_layer ? (int)(c % parts) : -1);
                 const size_t found =
                     pk__gram_write(gram, lane.tile, c, x->first + i, rows, y->first + j, columns);
                 *bad = pk__min(*bad, found);
@@ -747,26 +770,29 @@ static int pk__gram_column(const pk_graph *graph, const pk_node *node)
     return -1;
 }
 
-/* The form of a layer, by flops a pair of rows. */
+/* The form of a layer, by flops a pair of rows (cost.h); rows: that a gradient is formed once for, about. */
 static void pk__gram_plan_layer(const pk__gram *gram, double rows, pk__gram_layer *layer)
 {
     const pk_node *node = layer->node;
     const size_t kept = gram->kept, group = gram->outputs / kept, room = (size_t)1 << 16;
     const int outer = pk__is_outer(node);
-    const double c = (double)kept, in = (double)node->fan_in,
-                 weights = (double)node->weight_count * (double)group;
-    const double all = c * (double)group, places = (double)node->positions;
-    const double by_rows = 2 * c * c * weights + 4 * all * places * (double)node->weight_count / rows;
-    const double factored =
-        places * places * (2 * in + 2 * c * (double)(node->fan_out * group) * c + 8 * c * c);
+    const pk__product_sizes sizes = {.left = (double)kept,
+                                     .right = (double)kept,
+                                     .summed = (double)group,
+                                     .points = 1,
+                                     .terms = (double)gram->terms,
+                                     .formed = 1 / rows};
+    const double factored = pk__product_flops(PK__PRODUCT_FACTORED, node, &sizes);
     layer->column = pk__gram_column(gram->graph, node);
-    layer->last = outer && gram->slopes && gram->terms * kept < gram->outputs
+    layer->last = outer && gram->slopes && pk__product_flops(PK__PRODUCT_BY_SLOPES, node, &sizes) < factored
                       ? pk__last_behind(gram->graph, node)
                       : NULL;
     layer->form = layer->last ? PK__GRAM_SLOPES
-                  : outer ? node->cotangent_constant && gram->uniform ? PK__GRAM_CONSTANT : PK__GRAM_OUTER
-                  : node->tangent_form == PK_TANGENT_OUTER && factored < by_rows ? PK__GRAM_PLACES
-                                                                                 : PK__GRAM_ROWS;
+                  : outer     ? node->cotangent_constant && gram->uniform ? PK__GRAM_CONSTANT : PK__GRAM_OUTER
+                  : node->tangent_form == PK_TANGENT_OUTER &&
+                          factored < pk__product_flops(PK__PRODUCT_BY_ROWS, node, &sizes)
+                      ? PK__GRAM_PLACES
+                      : PK__GRAM_ROWS;
     if (layer->form == PK__GRAM_ROWS) {
         layer->right = node->weight_count * gram->outputs;
         layer->depth = node->weight_count * group;
@@ -817,9 +843,9 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
         values += graph->nodes[n].width;
         cotangents += graph->nodes[n].varies ? graph->nodes[n].width * gram->outputs : 0;
     }
-    /* Tiles of about 128 x 128 numbers stay in the second-level cache with their products; there should be several. */
+    /* Tiles of about 128 x 128 numbers, or somewhat more, stay in the second-level cache with their products; there should be several. */
     gram->tile = 64;
-    while (gram->tile > 1 && gram->tile * kept > 128)
+    while (gram->tile > 1 && gram->tile * kept > 192)
         gram->tile /= 2;
     while (gram->tile > (kept > 1 ? 8 : 16) && pk__max(rows, columns) < 2 * gram->tile)
         gram->tile /= 2;
@@ -945,6 +971,21 @@ static pk_status pk__gram_blocks(pk__gram *gram, pk__gram_side *x, pk__gram_side
     return PK_OK;
 }
 
+/* Factors of hundreds of megabytes are written once and soon released: with pages of 4 KB, the system spent a quarter of the time of
+ * a small kernel on clearing them one by one. */
+static void pk__gram_large_pages(void *memory, size_t bytes)
+{
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    enum { PAGE = 4096, LARGE = 1 << 24 };
+    if (bytes >= LARGE) {
+        const size_t skip = PAGE - (size_t)((uintptr_t)memory % PAGE);
+        (void)madvise((unsigned char *)memory + skip, (bytes - skip) / PAGE * PAGE, MADV_HUGEPAGE);
+    }
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
 /* With the layers' memory. */
 static pk_status pk__gram_run(pk__gram *gram, pk__gram_side *x, pk__gram_side *y)
 {
@@ -957,8 +998,10 @@ static pk_status pk__gram_run(pk__gram *gram, pk__gram_side *x, pk__gram_side *y
     if (!status)
         status =
             pk__allocate(context, x->capacity + y->capacity, row * sizeof(pk_real), 0, gram->name, &x->factors);
-    if (!status && x->factors)
+    if (!status && x->factors) {
+        pk__gram_large_pages(x->factors, (x->capacity + y->capacity) * row * sizeof(pk_real));
         y->factors = x->factors + x->capacity * row;
+    }
     x->numbers = y->numbers = gram->numbers;
     if (!status)
         status = pk__allocate(context, (size_t)gram->threads, gram->lane_bytes, 0, gram->name, &gram->lanes);
@@ -1021,7 +1064,8 @@ static pk_status pk__gram_spread(pk__gram *gram, pk__gram_side *sides, pk_real *
     const size_t spread = graph->spread;
     pk_status status = PK_OK;
     if (graph->tied)
-        status = pk_allocate(gram->context, spread, 2 * (gram->nodes + 1) * sizeof **memory, gram->name, memory);
+        status =
+            pk_allocate(gram->context, spread, 2 * (gram->nodes + 1) * sizeof **memory, gram->name, memory);
     for (int s = 0; s < 2; s++) {
         pk__gram_side *side = &sides[s];
         side->weights = side->of->weights;
@@ -1080,10 +1124,9 @@ PK__INTERNAL pk_status pk__gram_compute(pk_context *context, const pk__gram_requ
     gram.criterion = request->criterion;
     gram.nodes = request->nodes ? request->nodes : 1;
     gram.node_weight = request->nodes ? request->node_weight : &one;
-    for (size_t q = 0; q < gram.nodes; q++)
-        gram.weight_sum += gram.node_weight[q];
-    gram.two_points = left->weights != right->weights || left->moves != right->moves || left->direction ||
-                      right->direction;
+    gram.apart = request->apart;
+    gram.two_points =
+        left->weights != right->weights || left->moves != right->moves || left->direction || right->direction;
     gram.terms = left->direction || right->direction ? 2 : 1;
     gram.slopes = request->summed && left->seeds == PK__SEEDS_UNITS && right->seeds == PK__SEEDS_UNITS;
     gram.uniform = left->seeds <= PK__SEEDS_ONE && left->seeds == right->seeds && left->output == right->output;
@@ -1096,7 +1139,8 @@ PK__INTERNAL pk_status pk__gram_compute(pk_context *context, const pk__gram_requ
     if (status || !left->rows.rows || !right->rows.rows)
         return status;
     if (!graph->nodes[graph->node_count - 1].varies) { /* no weight reaches the output */
-        for (size_t r = 0; r < result.rows * (gram.by_layer ? graph->columns : 1); r++)
+        const size_t planes = (gram.by_layer ? graph->columns : 1) * (gram.apart ? gram.nodes : 1);
+        for (size_t r = 0; r < result.rows * planes; r++)
             memset(result.data + r * result.ld, 0, result.cols * sizeof *result.data);
         return PK_OK;
     }

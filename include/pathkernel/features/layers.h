@@ -257,14 +257,15 @@ PK__PRIVATE void pk__choose_form(pk__integral *integral, size_t layer, const pk_
     const pk_node *node = integral->layer[layer].node;
     const int is_points =
         integral->layer[layer].kind == PK__LAYER_POINTS && !pk__is_used_at_places(integral, layer);
-    double in = (double)node->fan_in, out = (double)node->width;
-    double outputs = (double)integral->outputs, batch = step->examples ? (double)step->examples : 1;
-    double points = (double)integral->integrator.points_last / (double)pk__max(integral->rows, 1);
-    /* Flops per row. An operation on a tile in registers costs about 8 flops for each number of it; with few points tiles
-     * are small. */
-    double factored = points * batch * (2 * (outputs * out + in) + 8 * outputs);
-    double outside = batch * (points * 2 * in + out * (6 * points + 8) + 4 * outputs * out);
-    double integrated = 3 * points * outputs * out * in + batch * outputs * out * (2 * in + 8);
+    const pk__product_sizes sizes = {.left = (double)integral->outputs,
+                                     .right = 1,
+                                     .summed = 1,
+                                     .points = (double)integral->integrator.points_last /
+                                               (double)pk__max(integral->rows, 1),
+                                     .formed = 1 / (double)pk__max(step->examples, 1)};
+    const double factored = pk__product_flops(PK__PRODUCT_FACTORED, node, &sizes),
+                 outside = pk__product_flops(PK__PRODUCT_OUTSIDE, node, &sizes),
+                 integrated = pk__product_flops(PK__PRODUCT_ON_THE_LEFT, node, &sizes);
     const pk_engine engine = step->engine;
     const int automatic = engine == PK_ENGINE_AUTO && is_points;
     integral->layer[layer].outputs_outside =
