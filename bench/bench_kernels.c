@@ -108,7 +108,8 @@ static pk_status measure(pk_context *context, const job *j, const pk_dataset *da
 
 int main(int count, char **arguments)
 {
-    static const char *const networks[] = {"input 64; dense 32; tanh; dense 10", "input 64; dense 32; relu; dense 10",
+    static const char *const networks[] = {"input 64; dense 32; tanh; dense 10",
+                                           "input 64; dense 32; relu; dense 10",
                                            "input 64; dense 64; tanh; dense 64; tanh; dense 10",
                                            "input 64; dense 64; relu; dense 64; relu; dense 10"};
     pk_context context;

@@ -720,6 +720,100 @@ static void test_deep_kinks(void **state)
     }
 }
 
+/* Many rows: between whole comparisons of two rules a few rows stand for all, and rows without kinks have common nodes. Three rows at
+ * a time are compared as a whole, always, and have to give the same numbers. Some rows are far larger than others. */
+static void test_many_rows(void **state)
+{
+    (void)state;
+    enum { MANY = 48, FEW = 3 };
+    static const char *const networks[] = {"input 3; dense 6; tanh; dense 4; tanh; dense 3",
+                                           "input 3; dense 8; relu; dense 3",
+                                           "input 3; dense 6; relu; dense 5; relu; dense 3",
+                                           "input 3; dense 5; tanh; dense 5; relu; dense 3",
+                                           "input 1x4x4; conv 2 3x3; relu; flatten; dense 3",
+                                           "input 3; dense 3 name=a; relu; dense 3 tied=a; dense 3",
+                                           "input 3; dense 3; tanh; dense 3 name=b; tanh; dense 3 tied=b"};
+    static const struct {
+        pk_kernel_kind kind;
+        pk_kernel_outputs outputs;
+        int by_layer, train, same;
+    } what[] = {
+        {PK_KERNEL_PATH, PK_OUTPUTS_TRACE, 0, 0, 0},     {PK_KERNEL_PATH, PK_OUTPUTS_TRACE, 0, 0, 1},
+        {PK_KERNEL_PATH, PK_OUTPUTS_FULL, 1, 0, 0},      {PK_KERNEL_PATH, PK_OUTPUTS_LABEL, 0, 0, 0},
+        {PK_KERNEL_EPK, PK_OUTPUTS_TRACE, 1, 1, 0},      {PK_KERNEL_EPK, PK_OUTPUTS_FULL, 0, 1, 0},
+        {PK_KERNEL_LOSS_PATH, PK_OUTPUTS_NONE, 0, 1, 0}, {PK_KERNEL_LOSS_PATH, PK_OUTPUTS_NONE, 0, 0, 1}};
+    double worst = 0;
+    for (size_t n = 0; n < sizeof networks / sizeof *networks; n++) {
+        const recipe r = {networks[n], "softmax_cross_entropy", "sgd", 0, 0.4, 0, MANY, 8, 6, 0, 11 + n, 0};
+        trained t;
+        trained_make(&r, &t);
+        const size_t D = t.graph.input_width, C = t.run.outputs;
+        for (size_t i = 0; i < MANY * D; i++)
+            if (i / D % 17 == 5)
+                t.test[i] *= 12;
+        for (size_t k = 0; k < sizeof what / sizeof *what; k++) {
+            const size_t shape[2] = {MANY, D}, label[1] = {MANY};
+            const pk_dataset all = {pk_array_view(REAL_TYPE, 2, shape, t.test),
+                                    pk_array_view(PK_INT64, 1, label, t.labels)};
+            pk_kernel_options o = plain(what[k].kind, what[k].outputs);
+            pk_kernel_report report;
+            o.by_layer = what[k].by_layer;
+            const pk_dataset *right = what[k].train ? NULL : &all;
+            double *whole = compute(&t, what[k].same ? right : &all, right, &o, &report);
+            const size_t width = what[k].outputs == PK_OUTPUTS_FULL ? C : 1,
+                         planes = o.by_layer ? t.graph.columns : 1;
+            const double largest = fixture_largest(planes * MANY * width * MANY * width, whole);
+            assert_true(report.error <= EITHER(1e-10, 1e-4));
+            for (size_t i = 0; i < MANY; i += 8) {
+                const size_t some[2] = {FEW, D}, some_label[1] = {FEW};
+                const pk_dataset few = {pk_array_view(REAL_TYPE, 2, some, t.test + i * D),
+                                        pk_array_view(PK_INT64, 1, some_label, t.labels + i)};
+                double *part = compute(&t, &few, what[k].train ? NULL : &few, &o, NULL);
+                const size_t columns = what[k].train ? MANY : FEW, at = what[k].train ? 0 : i;
+                for (size_t p = 0; p < planes; p++)
+                    for (size_t x = 0; x < FEW * width; x++)
+                        for (size_t y = 0; y < columns * width; y++) {
+                            const double own = part[(p * FEW * width + x) * columns * width + y];
+                            const double of_all =
+                                whole[(p * MANY * width + i * width + x) * MANY * width + at * width + y];
+                            worst = fmax(worst, fabs(own - of_all) / largest);
+                        }
+                free(part);
+            }
+            for (size_t x = 0; what[k].same && x < MANY * width; x++)
+                for (size_t y = 0; y < x; y++)
+                    assert_true(whole[x * MANY * width + y] == whole[y * MANY * width + x]);
+            free(whole);
+        }
+        trained_release(&t);
+    }
+    print_message("%.2g\n", worst);
+    assert_true(worst <= ROUNDING(2e-12));
+}
+
+/* Between whole comparisons of two rules, points are those of one rule; a step that is suddenly longer is seen. */
+static void test_spared(void **state)
+{
+    (void)state;
+    enum { MANY = 40, STEPS = 12 };
+    recipe r = {"input 3; dense 6; tanh; dense 2", "squared", "sgd", 0, 0.02, 0, MANY, 0, STEPS, 0, 5, 0};
+    trained t;
+    trained_make(&r, &t);
+    const size_t shape[2] = {MANY, 3};
+    const pk_dataset all = {pk_array_view(REAL_TYPE, 2, shape, t.test), {0}};
+    static const size_t steps[] = {0, 1, 2, 3, 4, 5, 6, 7};
+    pk_kernel_options o = plain(PK_KERNEL_PATH, PK_OUTPUTS_TRACE);
+    pk_kernel_report first, more;
+    o.steps = steps, o.step_count = 1;
+    free(compute(&t, &all, NULL, &o, &first));
+    o.step_count = 8;
+    free(compute(&t, &all, NULL, &o, &more));
+    print_message("%zu points in one step, %zu in eight\n", first.points, more.points);
+    assert_true(more.points < 6 * first.points);
+    assert_true(more.error <= EITHER(1e-11, 1e-4));
+    trained_release(&t);
+}
+
 /* ---- the exact path kernel ---------------------------------------------------------------------------- */
 
 /* The least eigenvalue of a symmetric matrix, by Jacobi's rotations. */
@@ -1208,7 +1302,7 @@ static void test_file(void **state)
     pk_kernel_options o = plain(PK_KERNEL_NTK, PK_OUTPUTS_TRACE);
     watch w = {-1, 0.4, 0};
     o.by_layer = 1;
-    context->memory_limit = 25000000;
+    context->memory_limit = 32000000;
     context->progress = stop_at;
     context->progress_user = &w;
     assert_int_equal(pk_kernel_file(context, &t.run, &many, &many, &o, path, NULL), PK_CANCELLED);
@@ -1248,6 +1342,7 @@ int main(void)
         cmocka_unit_test(test_together),   cmocka_unit_test(test_rules),   cmocka_unit_test(test_deep_kinks),
         cmocka_unit_test(test_symmetric),  cmocka_unit_test(test_machine), cmocka_unit_test(test_calls),
         cmocka_unit_test(test_refusals),   cmocka_unit_test(test_file),    cmocka_unit_test(test_domingos),
+        cmocka_unit_test(test_many_rows),  cmocka_unit_test(test_spared),
     };
     return cmocka_run_group_tests(tests, fixture_enter, fixture_leave);
 }

@@ -2,19 +2,34 @@
  *
  *     G = integral_0^1 < L(t), R(t) > dt,        each side at w + t D (it moves) or at w
  *
- * Fixed rules take common values of t. The rule auto is
- * 1. where no kink depends on the weights and no activation moves far (pieces.h): Gauss-Legendre with n and n + 1 nodes, common
- *    to all rows, until the whole matrix agrees; n begins with that of the step before. Where more nodes help too little, the
- *    piece is halved. Where the network and the loss are polynomials, their degree gives n.
- * 2. where there are kinks, of the network or of a loss, or where an activation moves far: each row has pieces of its own, between its own kinks (path/kinks.h), with n Gauss nodes each.
- *    On a piece the gradients are polynomials in t of known degree, so that their values at n nodes determine them:
+ * Nodes that are common to all rows cost one call of gram.h: of a layer, with weights b_q,
+ *     sum_q b_q (a_q . a'_q + 1) sum_k d_qk . d'_qk.
+ * Inputs that are data are multiplied once, and sum_q goes into the product of cotangents, whose terms are then nodes, outputs
+ * and units; of the last layer, whose cotangents do not depend on the row, it goes into that of the inputs. A trace needs the
+ * outputs of the layer below the last one only as sum_k W_kh(t) W_kh(t), once for all rows. What is left for n nodes is n
+ * products of the layers between. All outputs with all (full) are C^2 numbers a pair of rows, each a sum over the units of a
+ * layer: at least 2 C^2 units flops a node and layer, C times those of a decomposition.
+ *
+ * Fixed rules take common nodes. The rule auto is
+ * 1. where no kink depends on the weights and no activation moves far (pieces.h): Gauss-Legendre with n nodes. All pairs of rows are compared with n + 1 nodes in the
+ *    first step and then in each PK__ALONG_SINCE-th; between these a few rows are (that with the largest inputs, the worst of
+ *    the last whole comparison, and others from step to step), and have to be PK__ALONG_SPARE times as exact. n begins with that
+ *    of the step before. Where more nodes help too little, the piece is halved. Where the network and the loss are polynomials,
+ *    their degree gives n. Where the network and the loss are
+ *    polynomials, their degree gives n.
+ * 2. where there are kinks, of the network or of a loss, or where an activation moves far: rows that have none in the step are integrated with each other as in 1, or, where the network is
+ *    piecewise linear, with the n nodes that are exact. Rows with kinks have pieces of their own, between their own kinks
+ *    (path/kinks.h), with n Gauss nodes each. On a piece the gradients are polynomials in t of known degree, so that their values
+ *    at n nodes determine them:
  *        integral < L, R > dt = sum_{u, v} W_uv < L(t_u), R(t_v) >,   W_uv = integral over both pieces of the Lagrange
  *                                                                    polynomials of u and v.
- *    So rows with different kinks meet exactly, and each row goes through the network at its own nodes alone. n follows from
- *    the degree where the network is piecewise linear; else n and n + 1 are compared, and all pieces are halved where
- *    more nodes help too little. The integral of df/dt of each row against the change of f shows a kink that was missed.
+ *    So rows with different kinks meet exactly, n^2 products for each two pieces; a row goes through the network at its own
+ *    nodes, or, without kinks, at the n common ones. n follows from the degree where the network is piecewise linear; else n
+ *    and n + 1 are compared as in 1, where each row with kinks meets a few others, and all pieces are halved where more nodes
+ *    help too little. The integral of df/dt of each row against the change of f shows a kink that was missed.
  * Rejected: the union of all rows' kinks as common pieces costs each row the kinks of all others; halving until a kink is
- * closed in on costs about 33 matrices a kink.
+ * closed in on costs about 33 matrices a kink; interpolating rows without kinks at the nodes of one with kinks costs as many
+ * products as the Lagrange polynomials.
  */
 #ifndef PATHKERNEL_ALONG_H
 #define PATHKERNEL_ALONG_H
@@ -44,13 +59,29 @@ typedef struct pk__along {
     double error;           /* of the last integral: the largest difference of an entry */
     size_t points, refused; /* counted: values of t, or points of rows; pieces accepted although they missed */
     /* Private: */
-    size_t numbers;
+    size_t numbers, together; /* together: nodes of one matrix product */
     pk_real *at, *part, *spread;
     double *coarse, *fine, *nodes, *weights;
     double scale;
+    double *some;    /* of the rows without kinks */
+    size_t worst[2]; /* row and column of the largest difference */
     size_t halvings;
+    struct pk__along_few { /* of a side: rows that stand for all */
+        pk_real *rows, *targets;
+        int64_t *labels;
+        pk__gram_rows_of of;
+    } few[2];
     void *memory;
 } pk__along;
+
+/* What is known from the step before, of the same rows: all 0 at first. */
+typedef struct pk__along_order {
+    struct pk__along_smooth {
+        unsigned char nodes; /* of a piece */
+        unsigned char since; /* steps in which only a few rows were compared with a rule of one node more */
+        size_t worst[2];     /* the row and the column that differed most when all were, in their sides */
+    } smooth, kinked;        /* of rows without kinks, or of all; of pairs of which one has kinks */
+} pk__along_order;
 
 enum { PK__ALONG_NODES = 1000 };
 
@@ -60,10 +91,10 @@ PK__INTERNAL void pk__along_release(pk__along *along);
 /* Computes the direction of a step, after w and next are set. */
 PK__INTERNAL void pk__along_begin(pk__along *along);
 /* result = G of the rows; right == NULL: left with itself. Rows have their seeds, labels and targets, no weights. moves:
- * whether left and right move. *order (0 at first) is that of the last step of these rows. */
+ * whether left and right move. */
 PK__INTERNAL pk_status pk__along_integrate(pk__along *along, const pk__gram_rows_of *left,
                                            const pk__gram_rows_of *right, const int moves[2],
-                                           unsigned char *order, double *result);
+                                           pk__along_order *order, double *result);
 /* <<< internals */
 #endif
 
@@ -76,27 +107,50 @@ PK__BEGIN_COLD_CODE
 
 enum {
     PK__ALONG_ORDER = 16,     /* nodes of a piece, at most */
+    PK__ALONG_TOGETHER = 8,   /* nodes of one product, at most */
     PK__ALONG_DEPTH = 40,     /* halvings of a piece, */
     PK__ALONG_HALVINGS = 512, /* of a step */
     PK__ALONG_REFINED = 4,    /* halvings of all pieces of rows with kinks */
     PK__ALONG_WINDOW = 16,    /* more pieces of a row are not multiplied with all of another one's */
-    PK__ALONG_ROWS = 16,      /* rows whose kinks are found together */
-    PK__ALONG_POINTS = 256,   /* of the left side at one time; more where one row has more */
-    PK__ALONG_TILE = 1 << 21  /* numbers of a product of points */
+    PK__ALONG_FEW = 8,    /* rows of a side that stand for all: where there are PK__ALONG_MANY times as many, */
+    PK__ALONG_MANY = 4,   /* and at least this long after all were compared: */
+    PK__ALONG_SINCE = 16, /* steps */
+    PK__ALONG_SPARE = 16, /* times as exact as all */
+    PK__ALONG_ROWS = 16,  /* rows whose kinks are found together */
+    PK__ALONG_SEEN = 64,  /* points of rows that go through the network together */
+    PK__ALONG_POINTS = 256,  /* of the left side at one time; more where one row has more */
+    PK__ALONG_TILE = 1 << 21 /* numbers of a product of points */
 };
 
 static void pk__along_take(pk__arena *arena, pk__along *along)
 {
     const size_t P = along->graph->parameters;
     along->direction = pk__arena_take(arena, P, sizeof(pk_real));
-    along->at = pk__arena_take(arena, P, sizeof(pk_real));
+    along->at = pk__arena_take(arena, P, along->together * sizeof(pk_real));
     along->spread =
         along->graph->tied ? pk__arena_take(arena, along->graph->spread, 2 * sizeof(pk_real)) : NULL;
     along->part = pk__arena_take(arena, along->numbers, sizeof(pk_real));
     along->coarse = pk__arena_take(arena, along->numbers, sizeof(double));
     along->fine = pk__arena_take(arena, along->numbers, sizeof(double));
+    along->some = pk__arena_take(arena, along->numbers, sizeof(double));
     along->nodes = pk__arena_take(arena, PK__ALONG_NODES, sizeof(double));
     along->weights = pk__arena_take(arena, PK__ALONG_NODES, sizeof(double));
+    for (int s = 0; s < 2; s++) {
+        along->few[s].rows = pk__arena_take(arena, PK__ALONG_FEW, along->graph->input_width * sizeof(pk_real));
+        along->few[s].targets =
+            pk__arena_take(arena, PK__ALONG_FEW, along->graph->output_width * sizeof(pk_real));
+        along->few[s].labels = pk__arena_take(arena, PK__ALONG_FEW, sizeof(int64_t));
+    }
+}
+
+/* Nodes whose weights and factors are in memory together, from shapes alone: a pass has about 128 rows. */
+static size_t pk__along_together(const pk_graph *graph)
+{
+    size_t row = graph->input_width;
+    for (size_t n = 1; n < graph->node_count; n++)
+        row += graph->nodes[n].width;
+    const size_t most = ((size_t)1 << 24) / pk__max(graph->parameters, 128 * row);
+    return pk__max(1, pk__min(most / pk__max(graph->output_width, 1), PK__ALONG_TOGETHER));
 }
 
 PK__INTERNAL pk_status pk__along_prepare(pk_context *context, const pk_graph *graph, size_t numbers,
@@ -106,6 +160,7 @@ PK__INTERNAL pk_status pk__along_prepare(pk_context *context, const pk_graph *gr
     along->context = context;
     along->graph = graph;
     along->numbers = numbers;
+    along->together = pk__along_together(graph);
     along->name = "kernels";
     pk__arena measured = {NULL, 0, 0, 0};
     pk__along_take(&measured, along);
@@ -147,9 +202,10 @@ static size_t pk__along_planes(const pk__along *along)
     return along->by_layer ? along->graph->columns : 1;
 }
 
-/* part = the matrix of rows whose sides stand where they say. The library's fractions of one matrix are none of all. */
+/* part = the sum of the matrices at some nodes, of rows whose sides stand where they say. The library's fractions of one
+ * matrix are none of all. */
 static pk_status pk__along_gram(pk__along *along, const pk__gram_rows_of *left, const pk__gram_rows_of *right,
-                                pk_real *part)
+                                size_t nodes, const double *weights, int apart, pk_real *part)
 {
     const size_t kept = pk__along_kept(along, left);
     const pk__gram_request request = {
@@ -158,6 +214,9 @@ static pk_status pk__along_gram(pk__along *along, const pk__gram_rows_of *left, 
         .criterion = along->criterion,
         .summed = along->summed,
         .by_layer = along->by_layer,
+        .nodes = nodes,
+        .node_weight = weights,
+        .apart = apart,
         .result = pk_matrix_view(part, left->rows.rows * kept, (right ? right : left)->rows.rows * kept)};
     int (*progress)(void *, const char *, double) = along->context ? along->context->progress : NULL;
     if (along->context)
@@ -168,46 +227,64 @@ static pk_status pk__along_gram(pk__along *along, const pk__gram_rows_of *left, 
     return status;
 }
 
-/* to += weight times the matrix at t. */
-static pk_status pk__along_add(pk__along *along, const pk__gram_rows_of *left, const pk__gram_rows_of *right,
-                               const int moves[2], double t, double weight, double *to)
+static size_t pk__along_numbers(const pk__along *along, const pk__gram_rows_of *left,
+                                const pk__gram_rows_of *right)
 {
-    const size_t kept = pk__along_kept(along, left), planes = pk__along_planes(along);
-    const size_t numbers = planes * left->rows.rows * kept * (right ? right : left)->rows.rows * kept;
-    const pk_real *at = along->w;
+    const size_t kept = pk__along_kept(along, left);
+    return pk__along_planes(along) * left->rows.rows * kept * (right ? right : left)->rows.rows * kept;
+}
+
+/* to = the sum of weights times the matrices at the nodes, a few at a time. */
+static pk_status pk__along_sum(pk__along *along, const pk__gram_rows_of *left, const pk__gram_rows_of *right,
+                               const int moves[2], size_t nodes, const double *t, const double *weights,
+                               double *to)
+{
+    const size_t numbers = pk__along_numbers(along, left, right), P = along->graph->parameters;
+    const int some = moves[0] || moves[1];
     pk__gram_rows_of sides[2] = {*left, right ? *right : *left};
-    if (t > 0 && (moves[0] || moves[1])) {
-        pk__step_point(along->graph->parameters, along->w, along->next, t, along->at);
-        at = along->at;
+    pk_status status = PK_OK;
+    memset(to, 0, numbers * sizeof *to);
+    for (size_t first = 0, count; first < nodes && !status; first += count) {
+        count = pk__min(nodes - first, along->together);
+        for (size_t q = 0; q < count && some; q++)
+            pk__step_point(P, along->w, along->next, t[first + q], along->at + q * P);
+        for (int s = 0; s < 2; s++) {
+            sides[s].moves = moves[s];
+            sides[s].weights = moves[s] ? along->at : along->w;
+        }
+        status =
+            pk__along_gram(along, &sides[0], right ? &sides[1] : NULL, count, weights + first, 0, along->part);
+        for (size_t i = 0; !status && i < numbers; i++)
+            to[i] += along->part[i];
     }
-    for (int s = 0; s < 2; s++)
-        sides[s].weights = moves[s] ? at : along->w;
-    const pk_status status = pk__along_gram(along, &sides[0], right ? &sides[1] : NULL, along->part);
-    for (size_t i = 0; !status && i < numbers; i++)
-        to[i] += weight * along->part[i];
-    along->points++;
+    along->points += nodes;
     return status;
 }
 
 /* to = the Gauss rule of so many nodes on [a, b]. */
 static pk_status pk__along_gauss(pk__along *along, const pk__gram_rows_of *left, const pk__gram_rows_of *right,
-                                 const int moves[2], double a, double b, int nodes, size_t numbers, double *to)
+                                 const int moves[2], double a, double b, int nodes, double *to)
 {
-    pk_status status = PK_OK;
     pk_gauss_legendre(nodes, along->nodes, along->weights);
-    memset(to, 0, numbers * sizeof *to);
-    for (int q = 0; !status && q < nodes; q++)
-        status = pk__along_add(along, left, right, moves, a + (b - a) * along->nodes[q],
-                               (b - a) * along->weights[q], to);
-    return status;
+    for (int q = 0; q < nodes; q++) {
+        along->nodes[q] = a + (b - a) * along->nodes[q];
+        along->weights[q] *= b - a;
+    }
+    return pk__along_sum(along, left, right, moves, (size_t)nodes, along->nodes, along->weights, to);
 }
 
-/* The largest difference; scale becomes the largest entry. */
-static double pk__along_apart(pk__along *along, size_t numbers)
+/* The largest difference, worst where it is among `columns` columns of a plane of `rows` rows, a row of outputs each;
+ * scale becomes the largest entry. */
+static double pk__along_apart(pk__along *along, size_t numbers, size_t rows, size_t columns, size_t kept)
 {
     double apart = 0;
     for (size_t i = 0; i < numbers; i++) {
-        apart = fmax(apart, fabs(along->fine[i] - along->coarse[i]));
+        const double own = fabs(along->fine[i] - along->coarse[i]);
+        if (own > apart) {
+            apart = own;
+            along->worst[0] = i / (columns * kept) % (rows * kept) / kept;
+            along->worst[1] = i % (columns * kept) / kept;
+        }
         along->scale = fmax(along->scale, fabs(along->fine[i]));
     }
     return apart;
@@ -225,26 +302,134 @@ static void pk__along_swap(pk__along *along)
     along->fine = spare;
 }
 
+/* Which rows of a list stand for all: those that differed most the last time, that with the largest inputs, and others from one
+ * step to the next. list: NULL: all rows of the side. */
+static size_t pk__along_spread(const pk__gram_rows_of *of, size_t count, const size_t *list,
+                               const struct pk__along_smooth *state, int side, int both,
+                               size_t index[PK__ALONG_FEW])
+{
+    const size_t few = pk__min(count, PK__ALONG_FEW), D = of->rows.cols;
+    double most = -1;
+    for (size_t i = 0; i < few; i++) {
+        const size_t at = (i * count / few + state->since) % count;
+        index[i] = list ? list[at] : at;
+    }
+    for (size_t i = 0, named = 1; i < count; i++) {
+        const size_t row = list ? list[i] : i;
+        const pk_real *x = of->rows.data + row * of->rows.ld;
+        double size = 0;
+        for (size_t j = 0; j < D; j++)
+            size += (double)x[j] * x[j];
+        if (size > most) {
+            most = size;
+            index[0] = row;
+        }
+        if ((row == state->worst[side] || (both && row == state->worst[!side])) && named < few)
+            index[named++] = row;
+    }
+    return few;
+}
+
+/* The rows `index` of a side. */
+static void pk__along_gather(const pk__gram_rows_of *of, size_t outputs, size_t count, const size_t *index,
+                             struct pk__along_few *few)
+{
+    const size_t D = of->rows.cols;
+    few->of = *of;
+    few->of.rows = pk_matrix_view(few->rows, count, D);
+    few->of.labels = of->labels ? few->labels : NULL;
+    few->of.targets = of->targets ? few->targets : NULL;
+    for (size_t i = 0; i < count; i++) {
+        memcpy(few->rows + i * D, of->rows.data + index[i] * of->rows.ld, D * sizeof *few->rows);
+        if (of->labels)
+            few->labels[i] = of->labels[index[i]];
+        if (of->targets)
+            memcpy(few->targets + i * outputs, of->targets + index[i] * outputs,
+                   outputs * sizeof *few->targets);
+    }
+}
+
+/* Whether a few rows can tell how many nodes all need: all have been compared not long ago, and there are many. */
+static int pk__along_can_spot(const struct pk__along_smooth *state, size_t rows, size_t columns)
+{
+    return state->nodes && state->since < PK__ALONG_SINCE &&
+           rows * columns >= (size_t)PK__ALONG_FEW * PK__ALONG_FEW * PK__ALONG_MANY * PK__ALONG_MANY;
+}
+
+/* The nodes with which a few rows are integrated as exactly as all shall be, with room to spare; 0: none are found. They are
+ * PK__ALONG_SPARE times as exact, as the largest error of all is larger than that of a few. */
+static pk_status pk__along_spot(pk__along *along, const pk__gram_rows_of *left, const pk__gram_rows_of *right,
+                                const int moves[2], const struct pk__along_smooth *state, int *nodes,
+                                double *apart)
+{
+    const pk__gram_rows_of *few[2] = {NULL, NULL};
+    for (int s = 0; s < (right ? 2 : 1); s++) {
+        size_t index[PK__ALONG_FEW];
+        const pk__gram_rows_of *of = s ? right : left;
+        const size_t count = pk__along_spread(of, of->rows.rows, NULL, state, s, !right, index);
+        pk__along_gather(of, along->graph->output_width, count, index, &along->few[s]);
+        few[s] = &along->few[s].of;
+    }
+    const size_t numbers = pk__along_numbers(along, few[0], few[1]), points = along->points;
+    const size_t kept = pk__along_kept(along, left);
+    int n = state->nodes, found = 0;
+    pk_status status = pk__along_gauss(along, few[0], few[1], moves, 0, 1, n, along->coarse);
+    for (int tried = 0; !status && !found && tried < 4 && n < PK__ALONG_ORDER; tried++, n++) {
+        status = pk__along_gauss(along, few[0], few[1], moves, 0, 1, n + 1, along->fine);
+        *apart =
+            PK__ALONG_SPARE * pk__along_apart(along, numbers, few[0]->rows.rows, few[!!right]->rows.rows, kept);
+        found = *apart <= pk__along_allowed(along) ? n : 0;
+        pk__along_swap(along);
+    }
+    along->points = points; /* of these few: not counted */
+    *nodes = found;
+    return status;
+}
+
+/* The nodes that the next step begins with. */
+static unsigned char pk__along_next(int nodes, double apart, double allowed)
+{
+    return (unsigned char)(apart < 1e-3 * allowed && nodes > 1 ? nodes - 1 : nodes);
+}
+
 /* result += the integral over [a, b], by common nodes. */
 static pk_status pk__along_piece(pk__along *along, const pk__gram_rows_of *left, const pk__gram_rows_of *right,
-                                 const int moves[2], double a, double b, int depth, unsigned char *order,
-                                 size_t numbers, double *result)
+                                 const int moves[2], double a, double b, int depth,
+                                 struct pk__along_smooth *state, size_t numbers, double *result)
 {
-    int nodes = *order ? *order : 2;
-    double before = INFINITY;
-    pk_status status = pk__along_gauss(along, left, right, moves, a, b, nodes, numbers, along->coarse);
+    const size_t kept = pk__along_kept(along, left), rows = left->rows.rows,
+                 columns = (right ? right : left)->rows.rows;
+    int nodes = 0;
+    double before = INFINITY, apart = 0;
+    pk_status status = PK_OK;
+    if (depth == 0 && pk__along_can_spot(state, rows, columns)) {
+        status = pk__along_spot(along, left, right, moves, state, &nodes, &apart);
+        if (!status && nodes) {
+            status = pk__along_gauss(along, left, right, moves, a, b, nodes, result);
+            along->error += apart;
+            state->nodes = pk__along_next(nodes, apart, pk__along_allowed(along));
+            state->since++;
+        }
+        if (status || nodes)
+            return status;
+    }
+    state->since = 0;
+    nodes = state->nodes ? state->nodes : 2;
+    status = pk__along_gauss(along, left, right, moves, a, b, nodes, along->coarse);
     for (int tried = 0; !status; nodes++, tried++) {
-        status = pk__along_gauss(along, left, right, moves, a, b, nodes + 1, numbers, along->fine);
+        status = pk__along_gauss(along, left, right, moves, a, b, nodes + 1, along->fine);
         if (status)
             break;
-        const double apart = pk__along_apart(along, numbers), allowed = pk__along_allowed(along);
+        apart = pk__along_apart(along, numbers, rows, columns, kept);
+        memcpy(state->worst, along->worst, sizeof state->worst);
+        const double allowed = pk__along_allowed(along);
         const int last = depth == PK__ALONG_DEPTH || along->halvings >= PK__ALONG_HALVINGS;
         if (apart <= allowed || (last && nodes >= PK__ALONG_ORDER)) {
             along->refused += apart > allowed;
             along->error += apart;
             for (size_t i = 0; i < numbers; i++)
                 result[i] += along->fine[i];
-            *order = (unsigned char)(apart < 1e-3 * allowed && nodes > 1 ? nodes - 1 : nodes);
+            state->nodes = pk__along_next(nodes, apart, allowed);
             return PK_OK;
         }
         if (!last && (nodes >= PK__ALONG_ORDER || (tried >= 3 && apart > before / 2)))
@@ -255,10 +440,10 @@ static pk_status pk__along_piece(pk__along *along, const pk__gram_rows_of *left,
     if (status)
         return status;
     along->halvings++;
-    *order = 4;
-    status = pk__along_piece(along, left, right, moves, a, 0.5 * (a + b), depth + 1, order, numbers, result);
+    state->nodes = 4;
+    status = pk__along_piece(along, left, right, moves, a, 0.5 * (a + b), depth + 1, state, numbers, result);
     return status ? status
-                  : pk__along_piece(along, left, right, moves, 0.5 * (a + b), b, depth + 1, order, numbers,
+                  : pk__along_piece(along, left, right, moves, 0.5 * (a + b), b, depth + 1, state, numbers,
                                     result);
 }
 
@@ -270,9 +455,16 @@ typedef struct pk__along_side {
     int moves;
     pk__pieces pieces; /* by row and place */
     size_t *first;     /* of each row: its first piece; one more at the end */
-    double *size;      /* of each row: see pk__pieces_split; or NULL */
-    /* Of the tile: */
-    size_t start, rows, points;
+    size_t *smooth, smooth_count, *kinked, kinked_count,
+        *is_kinked; /* rows without kinks, with kinks; of each row: 1 or 0 */
+    /* Rows that are multiplied, and where the points of each begin in the tile, of positions start ...: */
+    const size_t *list;
+    size_t listed, *at, start, rows, points;
+    double a, b;  /* the part of the step at hand */
+    double *size; /* of each row: see pk__pieces_split; or NULL */
+    int common;   /* rows without kinks: the points are common nodes of all of them, in a matrix for each */
+    int borrowed; /* the pieces and lists are those of the other side */
+    void *room;   /* of at */
     pk_real *inputs, *t, *targets;
     int64_t *labels;
 } pk__along_side;
@@ -291,8 +483,8 @@ static size_t pk__along_pieces(void)
 
 static void pk__along_rows_take(pk__arena *arena, const pk__along *along, pk__along_rows *rows)
 {
-    const size_t points = 64;
-    pk__path_take(arena, along->graph, PK__ALONG_ROWS, points, 1, 1, pk__along_pieces(), 0, &rows->path);
+    pk__path_take(arena, along->graph, PK__ALONG_ROWS, PK__ALONG_SEEN, 1, 1, pk__along_pieces(), 0,
+                  &rows->path);
     pk__pieces_take(arena, pk__along_pieces(), &rows->found);
 }
 
@@ -377,8 +569,11 @@ static pk_status pk__along_find(pk__along *along, pk__along_rows *rows, pk__alon
     const size_t count = side->of->rows.rows, parts = (size_t)1 << halved;
     pk_status status = PK_OK;
     if (!side->first)
-        status = pk_allocate(along->context, count + 1, sizeof *side->first, along->name, &side->first);
+        status = pk_allocate(along->context, count + 1, 4 * sizeof *side->first, along->name, &side->first);
+    if (!status && !side->room)
+        status = pk_allocate(along->context, count + 1, sizeof *side->at, along->name, &side->room);
     side->pieces.count = 0;
+    side->a = a, side->b = b;
     for (size_t r = 0; !status && r < count && side->moves; r += PK__ALONG_ROWS)
         status = pk__along_split(along, rows, side, r, pk__min(PK__ALONG_ROWS, count - r), a, b, 0);
     for (size_t r = 0; !status && r < count && !side->moves; r++) {
@@ -415,7 +610,44 @@ static pk_status pk__along_find(pk__along *along, pk__along_rows *rows, pk__alon
             i++;
         side->first[r] = i;
     }
-    return PK_OK;
+    if (halved)
+        return status;
+    side->smooth = side->first + count + 1;
+    side->kinked = side->smooth + count + 1;
+    side->is_kinked = side->kinked + count + 1;
+    side->at = (size_t *)side->room;
+    side->smooth_count = side->kinked_count = 0;
+    for (size_t r = 0; r < count; r++) {
+        const int smooth = side->first[r + 1] - side->first[r] == 1 &&
+                           side->pieces.piece[side->first[r]].a <= a &&
+                           side->pieces.piece[side->first[r]].b >= b;
+        if (smooth)
+            side->smooth[side->smooth_count++] = r;
+        else
+            side->kinked[side->kinked_count++] = r;
+        side->is_kinked[r] = !smooth;
+    }
+    return status;
+}
+
+/* The pieces of both sides; where these are the same rows, the second has those of the first. */
+static pk_status pk__along_find_both(pk__along *along, pk__along_rows *rows, pk__along_side *sides, int same,
+                                     double a, double b, int halved)
+{
+    pk__along_side *y = &sides[1];
+    pk_status status = pk__along_find(along, rows, &sides[0], a, b, halved);
+    if (status || !same)
+        return status ? status : pk__along_find(along, rows, y, a, b, halved);
+    if (!y->room)
+        status = pk_allocate(along->context, y->of->rows.rows + 1, sizeof *y->at, along->name, &y->room);
+    void *const room = y->room;
+    pk_real *const inputs = y->inputs;
+    *y = sides[0];
+    y->borrowed = 1;
+    y->room = room;
+    y->inputs = inputs;
+    y->at = (size_t *)room;
+    return status;
 }
 
 /* The most pieces that a row of a side has. */
@@ -427,10 +659,12 @@ static size_t pk__along_most(const pk__along_side *side)
     return most;
 }
 
-/* How far the rule's integral of df/dt over [a, b] misses the change of f of a side's rows, of the largest |df/dt|; what rounding
- * of f explains is 0. f: the outputs, or the loss where its gradients, polynomials in the outputs, are integrated. */
-static pk_status pk__along_closure(pk__along *along, pk__along_rows *rows, const pk__along_side *side, double a,
-                                   double b, int nodes, double *worst)
+/* How far the rule's integral of df/dt over the part of the step at hand misses the change of f of a side's rows, of the
+ * largest |df/dt|; what rounding of f explains is 0. f: the outputs, or the loss where its gradients, polynomials in the outputs,
+ * are integrated. As many points as there is room for go through the network together: of each row both ends, then the nodes
+ * of its pieces. */
+static pk_status pk__along_closure(pk__along *along, pk__along_rows *rows, const pk__along_side *side,
+                                   int nodes, double *worst)
 {
     const pk_graph *graph = along->graph;
     const pk__gram_rows_of *of = side->of;
@@ -444,35 +678,56 @@ static pk_status pk__along_closure(pk__along *along, pk__along_rows *rows, const
     if (!status)
         status = pk_allocate(along->context, C, sizeof *seed, along->name, &seed);
     double *start = change ? change + count * kept : NULL, *end = start ? start + count * kept : NULL;
+    const double a = side->a, b = side->b;
     pk_gauss_legendre(nodes, node, weight);
-    for (size_t r = 0; !status && r < count; r++) {
-        pk_real t[PK__ALONG_ORDER + 1];
-        size_t zero[PK__ALONG_ORDER + 1] = {0};
-        const pk_real *f = pk__pass_output(&rows->path.tape), *target = criterion ? of->targets + r * C : NULL;
+    for (size_t first = 0, some; !status && first < count; first += some) {
+        some = pk__min(count - first, PK__ALONG_ROWS);
         pk__path_begin(&rows->path, graph->tied ? along->spread : along->w,
-                       graph->tied ? along->spread + graph->spread : along->direction, NULL, 1,
-                       of->rows.data + r * of->rows.ld);
-        t[0] = (pk_real)a, t[1] = (pk_real)b;
-        pk__path_forward(&rows->path, 2, zero, t);
-        for (size_t c = 0; c < kept; c++) {
-            start[r * kept + c] = criterion ? pk_criterion_value(criterion, C, f, target) : (double)f[c];
-            end[r * kept + c] = criterion ? pk_criterion_value(criterion, C, f + C, target) : (double)f[C + c];
-        }
-        for (size_t i = side->first[r]; i < side->first[r + 1] && graph->nodes[last].varies; i++) {
-            const pk__piece *piece = &side->pieces.piece[i];
-            for (int q = 0; q < nodes; q++)
-                t[q] = (pk_real)(piece->a + (piece->b - piece->a) * node[q]);
-            pk__path_forward(&rows->path, (size_t)nodes, zero, t);
-            pk__path_tangent(&rows->path, 0, (size_t)nodes, zero, t);
-            for (int q = 0; q < nodes; q++) {
-                const pk_real *tangent = rows->path.tape.tangent[last] + (size_t)q * C;
-                if (criterion)
-                    pk_criterion_gradient(criterion, C, f + (size_t)q * C, target, seed);
+                       graph->tied ? along->spread + graph->spread : along->direction, NULL, some,
+                       of->rows.data + first * of->rows.ld);
+        const size_t pieces = side->first[first + some] - side->first[first], n = (size_t)nodes;
+        for (size_t p = 0, together; p < 2 * some + pieces * n; p += together) {
+            size_t row[PK__ALONG_SEEN];
+            pk_real t[PK__ALONG_SEEN];
+            double factor[PK__ALONG_SEEN];
+            together = pk__min(2 * some + pieces * n - p, PK__ALONG_SEEN);
+            for (size_t i = 0; i < together; i++) {
+                const size_t at = p + i;
+                if (at < 2 * some) { /* ends */
+                    row[i] = at / 2;
+                    t[i] = (pk_real)(at % 2 ? b : a);
+                    factor[i] = 0;
+                } else {
+                    const pk__piece *piece = &side->pieces.piece[side->first[first] + (at - 2 * some) / n];
+                    const size_t q = (at - 2 * some) % n;
+                    row[i] = piece->row - first;
+                    t[i] = (pk_real)(piece->a + (piece->b - piece->a) * node[q]);
+                    factor[i] = (piece->b - piece->a) * weight[q];
+                }
+            }
+            pk__path_forward(&rows->path, together, row, t);
+            if (graph->nodes[last].varies)
+                pk__path_tangent(&rows->path, 0, together, row, t);
+            for (size_t i = 0; i < together; i++) {
+                const size_t own = (first + row[i]) * kept;
+                const pk_real *f = pk__pass_output(&rows->path.tape) + i * C,
+                              *target = criterion ? of->targets + (first + row[i]) * C : NULL;
+                double *const value = ((p + i) % 2 ? end : start) + own;
+                const int is_end = p + i < 2 * some;
+                if (!is_end && !graph->nodes[last].varies)
+                    continue;
+                const pk_real *tangent = is_end ? NULL : rows->path.tape.tangent[last] + i * C;
+                if (criterion && !is_end)
+                    pk_criterion_gradient(criterion, C, f, target, seed);
                 for (size_t c = 0; c < kept; c++) {
-                    double slope = tangent[c];
-                    for (size_t k = criterion ? 0 : C; k < C; k++)
-                        slope = (k ? slope : 0) + (double)seed[k] * tangent[k];
-                    change[r * kept + c] += (piece->b - piece->a) * weight[q] * slope;
+                    if (is_end) {
+                        value[c] = criterion ? pk_criterion_value(criterion, C, f, target) : (double)f[c];
+                        continue;
+                    }
+                    double slope = criterion ? 0 : (double)tangent[c];
+                    for (size_t k = 0; criterion && k < C; k++)
+                        slope += (double)seed[k] * tangent[k];
+                    change[own + c] += factor[i] * slope;
                     largest = fmax(largest, fabs(slope));
                 }
             }
@@ -489,18 +744,22 @@ static pk_status pk__along_closure(pk__along *along, pk__along_rows *rows, const
     return status;
 }
 
-/* The rows `start` ... of a side with at most `most` points, at least one row. */
+/* The listed rows `start` ... of a side with at most `most` points, at least one row. */
 static pk_status pk__along_points(pk__along *along, pk__along_side *side, size_t start, int nodes, size_t most)
 {
     const pk__gram_rows_of *of = side->of;
-    const size_t D = of->rows.cols, C = along->graph->output_width, n = side->moves ? (size_t)nodes : 1;
+    const size_t D = of->rows.cols, C = along->graph->output_width,
+                 n = side->moves && !side->common ? (size_t)nodes : 1;
     double node[PK__ALONG_ORDER + 1], weight[PK__ALONG_ORDER + 1];
-    size_t end = start + 1;
-    while (end < of->rows.rows && (side->first[end + 1] - side->first[start]) * n <= most)
-        end++;
     side->start = start;
-    side->rows = end - start;
-    side->points = (side->first[end] - side->first[start]) * n;
+    side->rows = side->points = 0;
+    for (size_t i = start; i < side->listed; i++) {
+        const size_t row = side->list[i], own = (side->first[row + 1] - side->first[row]) * n;
+        if (side->rows && side->points + own > most)
+            break;
+        side->at[side->rows++] = side->points;
+        side->points += own;
+    }
     pk_release(along->context, side->inputs);
     side->inputs = NULL;
     const size_t numbers = D + 1 + (of->targets ? C : 0);
@@ -514,16 +773,20 @@ static pk_status pk__along_points(pk__along *along, pk__along_side *side, size_t
     side->t = block + side->points * D;
     side->targets = of->targets ? side->t + side->points : NULL;
     pk_gauss_legendre((int)n, node, weight);
-    for (size_t p = 0; p < side->points; p++) {
-        const pk__piece *piece = &side->pieces.piece[side->first[start] + p / n];
-        memcpy(block + p * D, of->rows.data + piece->row * of->rows.ld, D * sizeof *block);
-        side->t[p] = (pk_real)(piece->a + (piece->b - piece->a) * node[p % n]);
-        if (side->labels)
-            side->labels[p] = of->labels[piece->row];
-        if (side->targets)
-            memcpy(side->targets + p * C, of->targets + piece->row * C, C * sizeof *side->targets);
+    for (size_t i = 0, p = 0; i < side->rows; i++) {
+        const size_t row = side->list[start + i];
+        for (size_t j = side->first[row]; j < side->first[row + 1]; j++)
+            for (size_t q = 0; q < n; q++, p++) {
+                const pk__piece *piece = &side->pieces.piece[j];
+                memcpy(block + p * D, of->rows.data + row * of->rows.ld, D * sizeof *block);
+                side->t[p] = (pk_real)(piece->a + (piece->b - piece->a) * node[q]);
+                if (side->labels)
+                    side->labels[p] = of->labels[row];
+                if (side->targets)
+                    memcpy(side->targets + p * C, of->targets + row * C, C * sizeof *side->targets);
+            }
     }
-    along->points += side->moves ? side->points : 0;
+    along->points += side->moves ? side->points * (side->common ? (size_t)nodes : 1) : 0;
     return PK_OK;
 }
 
@@ -534,9 +797,10 @@ static pk__gram_rows_of pk__along_rows_of(const pk__along *along, const pk__alon
                                ? side->inputs + side->points * sizeof(int64_t) / sizeof(pk_real)
                                : side->inputs; /* nothing may be added to NULL */
     of.rows = pk_matrix_view(block, side->points, side->of->rows.cols);
-    of.weights = along->w;
-    of.direction = side->moves ? along->direction : NULL;
-    of.t = side->moves ? side->t : NULL;
+    of.weights = side->common ? along->at : along->w;
+    of.moves = side->common;
+    of.direction = side->moves && !side->common ? along->direction : NULL;
+    of.t = side->moves && !side->common ? side->t : NULL;
     of.labels = side->labels;
     of.targets = side->targets;
     return of;
@@ -571,62 +835,129 @@ static int pk__along_weights(const pk__along_nodes *nodes, const pk__piece *left
     return 1;
 }
 
-/* to += what the points of two rows give, in each plane. */
-static void pk__along_reduce(const pk__along *along, const pk__along_nodes *nodes, const pk__along_side *x,
-                             const pk__along_side *y, size_t i, size_t j, const pk_real *gram, size_t columns,
-                             double *to)
+/* The weights of the last pair of pieces: many rows have the same ones, the whole step. */
+typedef struct pk__along_pair {
+    double ends[4], W[(PK__ALONG_ORDER + 1) * (PK__ALONG_ORDER + 1)];
+    int known, meet;
+} pk__along_pair;
+
+static int pk__along_pair_weights(const pk__along_nodes *nodes, const pk__along_side *x, const pk__piece *left,
+                                  const pk__along_side *y, const pk__piece *right, pk__along_pair *pair)
 {
-    enum { N = PK__ALONG_ORDER + 1 };
+    const double ends[4] = {left->a, left->b, right->a, right->b};
+    if (!pair->known || memcmp(ends, pair->ends, sizeof ends) != 0) {
+        memcpy(pair->ends, ends, sizeof ends);
+        pair->known = 1;
+        pair->meet = pk__along_weights(nodes, left, x->moves, right, y->moves, pair->W);
+    }
+    return pair->meet;
+}
+
+/* Where the product of output k of row i of x with output l of row j of y stands: turned: x is the right side. */
+static size_t pk__along_place(const pk__along_side *x, const pk__along_side *y, size_t kept, int turned,
+                              size_t plane, size_t i, size_t k, size_t j, size_t l)
+{
+    const size_t rows = (turned ? y : x)->of->rows.rows * kept,
+                 columns = (turned ? x : y)->of->rows.rows * kept;
+    return turned ? (plane * rows + j * kept + l) * columns + i * kept + k
+                  : (plane * rows + i * kept + k) * columns + j * kept + l;
+}
+
+/* to += what the points of row number i of the tile of x give with those of y, in each plane, piece by piece. */
+static void pk__along_reduce(const pk__along *along, const pk__along_nodes *nodes, const pk__along_side *x,
+                             const pk__along_side *y, size_t i, int turned, const pk_real *gram, double *to)
+{
     const size_t kept = pk__along_kept(along, x->of), planes = pk__along_planes(along), ld = y->points * kept;
-    const size_t rows = x->of->rows.rows * kept;
+    const size_t step = y->common ? planes * x->points * kept * ld : kept; /* from a node of y to the next */
+    const size_t row = x->list[x->start + i];
     const int nx = nodes->count[x->moves], ny = nodes->count[y->moves];
-    double W[N * N];
-    for (size_t p = x->first[i]; p < x->first[i + 1]; p++)
-        for (size_t q = y->first[j]; q < y->first[j + 1]; q++) {
-            if (!pk__along_weights(nodes, &x->pieces.piece[p], x->moves, &y->pieces.piece[q], y->moves, W))
-                continue;
-            const size_t px = (p - x->first[x->start]) * (size_t)nx, py = (q - y->first[y->start]) * (size_t)ny;
-            for (size_t plane = 0; plane < planes; plane++)
-                for (size_t k = 0; k < kept; k++)
-                    for (size_t l = 0; l < kept; l++) {
-                        double sum = 0;
-                        for (int u = 0; u < nx; u++)
-                            for (int v = 0; v < ny; v++)
-                                sum += W[u * ny + v] *
-                                       gram[(plane * x->points * kept + (px + (size_t)u) * kept + k) * ld +
-                                            (py + (size_t)v) * kept + l];
-                        to[(plane * rows + i * kept + k) * columns + j * kept + l] += sum;
-                    }
+    pk__along_pair pair;
+    pair.known = 0;
+    const pk__piece whole = {.a = y->a, .b = y->b}; /* of common nodes, however rows with kinks are halved */
+    for (size_t p = x->first[row]; p < x->first[row + 1]; p++)
+        for (size_t j = 0; j < y->rows; j++) {
+            const size_t column = y->list[y->start + j];
+            const size_t end = y->common ? y->first[column] + 1 : y->first[column + 1];
+            for (size_t q = y->first[column]; q < end; q++) {
+                const pk__piece *other = y->common ? &whole : &y->pieces.piece[q];
+                if (!pk__along_pair_weights(nodes, x, &x->pieces.piece[p], y, other, &pair))
+                    continue;
+                const size_t px = x->at[i] + (p - x->first[row]) * (size_t)nx,
+                             py = y->common ? y->at[j] : y->at[j] + (q - y->first[column]) * (size_t)ny;
+                for (size_t plane = 0; plane < planes; plane++)
+                    for (size_t k = 0; k < kept; k++)
+                        for (size_t l = 0; l < kept; l++) {
+                            const pk_real *from =
+                                gram + ((plane * x->points + px) * kept + k) * ld + py * kept + l;
+                            double sum = 0;
+                            for (int u = 0; u < nx; u++)
+                                for (int v = 0; v < ny; v++)
+                                    sum += pair.W[u * ny + v] * from[(size_t)u * kept * ld + (size_t)v * step];
+                            to[pk__along_place(x, y, kept, turned, plane, row, k, column, l)] += sum;
+                        }
+            }
         }
 }
 
-/* to = the integral with n nodes a piece. */
-static pk_status pk__along_meet(pk__along *along, pk__along_side *x, pk__along_side *y, int nodes,
-                                size_t numbers, double *to)
+/* to += the integral with n nodes a piece of the listed rows. */
+static pk_status pk__along_meet(pk__along *along, pk__along_side *x, pk__along_side *y, int turned, int nodes,
+                                double *to)
 {
     const size_t kept = pk__along_kept(along, x->of), planes = pk__along_planes(along);
-    const size_t columns = y->of->rows.rows * kept;
     pk_status status = PK_OK;
     pk__along_nodes rule = {.count = {1, nodes}};
     for (int moves = 0; moves < 2; moves++)
         pk_gauss_legendre(rule.count[moves], rule.node[moves], rule.weight[moves]);
-    memset(to, 0, numbers * sizeof *to);
-    for (size_t i = 0; !status && i < x->of->rows.rows; i += x->rows) {
+    const size_t common = y->common ? (size_t)nodes : 1, P = along->graph->parameters;
+    const double *ones = along->weights;
+    for (size_t q = 0; q < common; q++) {
+        along->weights[q] = 1;
+        for (size_t p = 0; p < (y->common ? P : 0); p++)
+            along->at[q * P + p] = (pk_real)(along->w[p] + (y->a + (y->b - y->a) * rule.node[1][q]) *
+                                                               ((double)along->next[p] - along->w[p]));
+    }
+    for (size_t i = 0; !status && i < x->listed; i += x->rows) {
         status = pk__along_points(along, x, i, nodes, PK__ALONG_POINTS);
-        const size_t left = x->points * kept * kept * planes;
-        for (size_t j = 0; !status && j < y->of->rows.rows; j += y->rows) {
+        const size_t left = x->points * kept * kept * planes * common;
+        for (size_t j = 0; !status && j < y->listed; j += y->rows) {
             pk_real *gram = NULL;
             status = pk__along_points(along, y, j, nodes, pk__max(1, PK__ALONG_TILE / pk__max(left, 1)));
             if (!status)
                 status = pk_allocate(along->context, left, y->points * sizeof *gram, along->name, &gram);
             const pk__gram_rows_of sides[2] = {pk__along_rows_of(along, x), pk__along_rows_of(along, y)};
             if (!status)
-                status = pk__along_gram(along, &sides[0], &sides[1], gram);
+                status = pk__along_gram(along, &sides[0], &sides[1], common, ones, y->common, gram);
             for (size_t r = 0; !status && r < x->rows; r++)
-                for (size_t s = 0; s < y->rows; s++)
-                    pk__along_reduce(along, &rule, x, y, i + r, j + s, gram, columns, to);
+                pk__along_reduce(along, &rule, x, y, r, turned, gram, to);
             pk_release(along->context, gram);
         }
+    }
+    return status;
+}
+
+/* to = the integral with n nodes a piece of all pairs of which one has kinks; sides of which the rows are the same: of the rows
+ * with kinks alone, with all. few: each row with kinks with a few others. */
+static pk_status pk__along_meet_all(pk__along *along, pk__along_side *sides, int same, int nodes,
+                                    const struct pk__along_smooth *few, size_t numbers, double *to)
+{
+    pk__along_side *x = &sides[0], *y = &sides[1];
+    size_t some[PK__ALONG_FEW];
+    pk_status status = PK_OK;
+    memset(to, 0, numbers * sizeof *to);
+    for (int part = 0; part < (same ? 2 : 3) && !status; part++) {
+        const int turned = part == 2;
+        pk__along_side *left = turned ? y : x, *right = turned ? x : y;
+        left->common = 0;
+        left->list = left->kinked, left->listed = left->kinked_count;
+        right->list = part ? right->smooth : right->kinked;
+        right->listed = part ? right->smooth_count : right->kinked_count;
+        right->common = part && right->moves && (size_t)nodes <= along->together;
+        if (few && right->listed) {
+            right->listed = pk__along_spread(right->of, right->listed, right->list, few, !turned, same, some);
+            right->list = some;
+        }
+        if (left->listed && right->listed)
+            status = pk__along_meet(along, left, right, turned, nodes, to);
     }
     return status;
 }
@@ -634,6 +965,9 @@ static pk_status pk__along_meet(pk__along *along, pk__along_side *x, pk__along_s
 static void pk__along_side_release(const pk__along *along, pk__along_side *side)
 {
     pk_release(along->context, side->inputs);
+    pk_release(along->context, side->room);
+    if (side->borrowed)
+        return;
     pk_release(along->context, side->pieces.piece);
     pk_release(along->context, side->first);
     pk_release(along->context, side->size);
@@ -677,79 +1011,208 @@ static double pk__along_blur(const pk__along_side *side)
     return blur;
 }
 
-/* result += the integral over [a, b], where rows have pieces of their own. */
-static pk_status pk__along_window(pk__along *along, pk__along_rows *rows, pk__along_side sides[2], int same,
-                                  double a, double b, int depth, unsigned char *order, size_t numbers,
-                                  double *result)
+/* result += the integrals of the pairs of rows without kinks. */
+static pk_status pk__along_unkinked(pk__along *along, pk__along_side *sides, int same, const int moves[2],
+                                    int nodes, int depth, struct pk__along_smooth *state, double *result)
+{
+    const double a = sides[0].a, b = sides[0].b;
+    const size_t kept = pk__along_kept(along, sides[0].of), planes = pk__along_planes(along),
+                 C = along->graph->output_width, D = along->graph->input_width;
+    struct pk__along_few some[2];
+    pk_status status = PK_OK;
+    memset(some, 0, sizeof some);
+    for (int s = 0; s < (same ? 1 : 2) && !status; s++) {
+        const pk__along_side *side = &sides[s];
+        status =
+            pk_allocate(along->context, side->smooth_count, D * sizeof(pk_real), along->name, &some[s].rows);
+        if (!status && side->of->targets)
+            status = pk_allocate(along->context, side->smooth_count, C * sizeof(pk_real), along->name,
+                                 &some[s].targets);
+        if (!status && side->of->labels)
+            status =
+                pk_allocate(along->context, side->smooth_count, sizeof(int64_t), along->name, &some[s].labels);
+        if (!status)
+            pk__along_gather(side->of, C, side->smooth_count, side->smooth, &some[s]);
+    }
+    const pk__gram_rows_of *left = &some[0].of, *right = same ? NULL : &some[1].of;
+    const pk__along_side *x = &sides[0], *y = &sides[same ? 0 : 1];
+    const size_t rows = x->smooth_count * kept, columns = y->smooth_count * kept;
+    memset(along->some, 0, planes * rows * columns * sizeof *along->some);
+    for (int s = 0; s < 2; s++) { /* the worst rows, by their numbers among these */
+        const pk__along_side *side = s ? y : x;
+        size_t at = 0;
+        while (at < side->smooth_count && side->smooth[at] < state->worst[s])
+            at++;
+        state->worst[s] = at;
+    }
+    if (!status && rows && columns)
+        status = nodes ? pk__along_gauss(along, left, right, moves, a, b, nodes, along->some)
+                       : pk__along_piece(along, left, right, moves, a, b, depth, state, planes * rows * columns,
+                                         along->some);
+    for (int s = 0; s < 2; s++) {
+        const pk__along_side *side = s ? y : x;
+        state->worst[s] = state->worst[s] < side->smooth_count ? side->smooth[state->worst[s]] : 0;
+    }
+    for (size_t p = 0; !status && p < planes; p++)
+        for (size_t i = 0; i < rows; i++)
+            for (size_t j = 0; j < columns; j++) {
+                const double value = along->some[(p * rows + i) * columns + j];
+                result[pk__along_place(x, y, kept, 0, p, x->smooth[i / kept], i % kept, y->smooth[j / kept],
+                                       j % kept)] += value;
+                along->scale = fmax(along->scale, fabs(value));
+            }
+    for (int s = 0; s < 2; s++) {
+        pk_release(along->context, some[s].rows);
+        pk_release(along->context, some[s].targets);
+        pk_release(along->context, some[s].labels);
+    }
+    return status;
+}
+
+/* Adds the integrals of the pairs of which one has kinks, in along->fine, to result, and returns the largest. Where the sides are the same rows, those of
+ * rows with kinks are there alone: the others are their mirror images, and of two that were computed one is the other's. */
+static double pk__along_put(pk__along *along, const pk__along_side *sides, int same, double *result)
+{
+    double largest = 0;
+    const size_t kept = pk__along_kept(along, sides[0].of), planes = pk__along_planes(along);
+    const pk__along_side *x = &sides[0], *y = &sides[1];
+    for (int turned = 0; turned < (same ? 1 : 2); turned++) {
+        const pk__along_side *left = turned ? y : x, *right = turned ? x : y;
+        const size_t columns = turned ? right->smooth_count : right->of->rows.rows;
+        for (size_t p = 0; p < planes; p++)
+            for (size_t i = 0; i < left->kinked_count * kept; i++)
+                for (size_t j = 0; j < columns * kept; j++) {
+                    const size_t row = left->kinked[i / kept], k = i % kept,
+                                 column = turned ? right->smooth[j / kept] : j / kept, l = j % kept;
+                    const size_t at = pk__along_place(left, right, kept, turned, p, row, k, column, l);
+                    const size_t mirrored = pk__along_place(left, right, kept, 0, p, column, l, row, k);
+                    const int other = same && sides[0].is_kinked[column];
+                    largest = fmax(largest, fabs(along->fine[at]));
+                    if (other && row * kept + k > column * kept + l)
+                        continue;
+                    result[at] += along->fine[at];
+                    if (same && mirrored != at)
+                        result[mirrored] += along->fine[at];
+                }
+    }
+    along->scale = fmax(along->scale, largest);
+    return largest;
+}
+
+/* along->fine = the integrals of the pairs of which one has kinks, with so many nodes, or with enough. */
+static pk_status pk__along_pairs(pk__along *along, pk__along_rows *rows, pk__along_side *sides, int same,
+                                 int nodes, struct pk__along_smooth *state, size_t numbers, int *used)
 {
     const pk_graph *graph = along->graph;
-    const int both = sides[0].moves && sides[1].moves;
-    int degree = -1, exact = graph->degree <= PK__PATH_DEGREE && !rows->path.interpolates;
-    for (int s = 0; s < 2; s++) {
-        const int own = sides[s].moves ? pk__along_degree(along, sides[s].of) : 0;
-        exact &= own >= 0;
-        degree = own > degree ? own : degree;
-    }
-    int nodes = both ? degree + 1 : degree / 2 + 1, done = 0;
-    exact &= nodes <= PK__ALONG_ORDER;
-    if (!exact)
-        nodes = rows->far ? PK__PIECE_NODES : *order ? *order : 3;
-    double missed = 0;
+    const size_t kept = pk__along_kept(along, sides[0].of), x = sides[0].of->rows.rows,
+                 y = sides[1].of->rows.rows;
     pk_status status = PK_OK;
+    double apart = 0, allowed = 0;
+    *used = nodes;
+    if (nodes)
+        return pk__along_meet_all(along, sides, same, nodes, NULL, numbers, along->fine);
     const int refined = rows->far ? 1 : PK__ALONG_REFINED; /* of pieces that are short enough already */
-    for (int halved = 0; !status && !done && halved <= refined; halved++) {
+    nodes = rows->far ? PK__PIECE_NODES : state->nodes ? state->nodes : 3;
+    if (!rows->far &&
+        pk__along_can_spot(state, x,
+                           y)) { /* each row with kinks and a few others tell how many nodes all need */
+        const size_t points = along->points;
+        int found = 0;
+        status = pk__along_meet_all(along, sides, same, nodes, state, numbers, along->coarse);
+        for (int tried = 0; !status && !found && tried < 4 && nodes < PK__ALONG_ORDER; tried++, nodes++) {
+            status = pk__along_meet_all(along, sides, same, nodes + 1, state, numbers, along->fine);
+            apart = PK__ALONG_SPARE * pk__along_apart(along, numbers, x, y, kept);
+            allowed = pk__along_allowed(along);
+            found = apart <= allowed ? nodes : 0;
+            pk__along_swap(along);
+        }
+        along->points = points;
+        if (!status && found) {
+            status = pk__along_meet_all(along, sides, same, found, NULL, numbers, along->fine);
+            along->error += apart;
+            state->nodes = pk__along_next(found, apart, allowed);
+            state->since++;
+            *used = found;
+            return status;
+        }
+        nodes = state->nodes;
+    }
+    state->since = 0;
+    for (int halved = 0; !status && halved <= refined; halved++, nodes = 4) {
         double before = INFINITY;
-        for (int s = 0; !status && s < 2; s++)
-            status = pk__along_find(along, rows, &sides[s], a, b, halved);
-        /* All pieces of one row are multiplied with all of another: where there are many, those that are near. */
-        if (!status && rows->far && !halved && depth < PK__ALONG_DEPTH &&
-            along->halvings < PK__ALONG_HALVINGS &&
-            pk__max(pk__along_most(&sides[0]), pk__along_most(&sides[1])) > PK__ALONG_WINDOW) {
-            const double middle = 0.5 * (a + b);
-            along->halvings++;
-            status = pk__along_window(along, rows, sides, same, a, middle, depth + 1, order, numbers, result);
-            return status ? status
-                          : pk__along_window(along, rows, sides, same, middle, b, depth + 1, order, numbers,
-                                             result);
-        }
+        if (halved)
+            status = pk__along_find_both(along, rows, sides, same, sides[0].a, sides[0].b, halved);
         if (!status)
-            status = pk__along_meet(along, &sides[0], &sides[1], nodes, numbers,
-                                    exact ? along->fine : along->coarse);
-        if (!status && exact) {
-            memcpy(along->coarse, along->fine, numbers * sizeof *along->fine);
-            pk__along_apart(along, numbers);
-            done = 1;
-        }
-        for (int tried = 0; !status && !done; nodes++, tried++) {
-            status = pk__along_meet(along, &sides[0], &sides[1], nodes + 1, numbers, along->fine);
-            const double apart = pk__along_apart(along, numbers), allowed = pk__along_allowed(along);
+            status = pk__along_meet_all(along, sides, same, nodes, NULL, numbers, along->coarse);
+        for (int tried = 0; !status; nodes++, tried++) {
+            status = pk__along_meet_all(along, sides, same, nodes + 1, NULL, numbers, along->fine);
+            apart = pk__along_apart(along, numbers, x, y, kept);
+            memcpy(state->worst, along->worst, sizeof state->worst);
+            allowed = pk__along_allowed(along);
             const int last = halved == refined || graph->surrogate;
-            done = !status && (apart <= allowed || (last && nodes + 1 >= PK__ALONG_ORDER));
-            if (done) {
+            if (!status && (apart <= allowed || (last && nodes + 1 >= PK__ALONG_ORDER))) {
                 along->error += apart;
                 along->refused += apart > allowed;
-                *order = (unsigned char)(apart < 1e-3 * allowed && nodes > 1 ? nodes - 1 : nodes);
-                break;
+                state->nodes = pk__along_next(nodes, apart, allowed);
+                *used = nodes;
+                return PK_OK;
             }
             if (nodes + 1 >= PK__ALONG_ORDER || (!last && tried >= 4 && apart > before / 2))
                 break;
             before = apart;
             pk__along_swap(along);
         }
-        if (!done)
-            nodes = 4;
     }
-    for (int s = 0; s < (same ? 1 : 2) && !status && !graph->surrogate; s++)
-        if (sides[s].moves)
-            status = pk__along_closure(along, rows, &sides[s], a, b, (int)pk__min(nodes + 1, PK__ALONG_ORDER),
-                                       &missed);
+    return status;
+}
+
+/* result += the integral over [a, b], where rows have pieces of their own. */
+static pk_status pk__along_window(pk__along *along, pk__along_rows *rows, pk__along_side sides[2], int same,
+                                  double a, double b, int depth, pk__along_order *order, size_t numbers,
+                                  double *result)
+{
+    const pk_graph *graph = along->graph;
+    const int moves[2] = {sides[0].moves, sides[1].moves}, both = moves[0] && moves[1];
+    int degree = -1, exact = graph->degree <= PK__PATH_DEGREE && !rows->path.interpolates;
+    for (int s = 0; s < 2; s++) {
+        const int own = moves[s] ? pk__along_degree(along, sides[s].of) : 0;
+        exact &= own >= 0;
+        degree = own > degree ? own : degree;
+    }
+    int nodes = both ? degree + 1 : degree / 2 + 1;
+    if (!exact || nodes > PK__ALONG_ORDER)
+        nodes = 0;
+    int used = nodes;
+    double missed = 0, largest = 0;
+    pk_status status = pk__along_find_both(along, rows, sides, same, a, b, 0);
+    /* All pieces of one row are multiplied with all of another: where there are many, those that are near. */
+    if (!status && rows->far && depth < PK__ALONG_DEPTH && along->halvings < PK__ALONG_HALVINGS &&
+        pk__max(pk__along_most(&sides[0]), pk__along_most(&sides[1])) > PK__ALONG_WINDOW) {
+        const double middle = 0.5 * (a + b);
+        along->halvings++;
+        status = pk__along_window(along, rows, sides, same, a, middle, depth + 1, order, numbers, result);
+        return status
+                   ? status
+                   : pk__along_window(along, rows, sides, same, middle, b, depth + 1, order, numbers, result);
+    }
+    if (!status)
+        status = pk__along_unkinked(along, sides, same, moves, nodes, depth, &order->smooth, result);
+    if (!status && (sides[0].kinked_count || sides[1].kinked_count)) {
+        status = pk__along_pairs(along, rows, sides, same, nodes, &order->kinked, numbers, &used);
+        if (!status)
+            largest = pk__along_put(along, sides, same, result);
+    }
+    /* With a few nodes more than the integrals had, and where these are too few for df/dt of a row without kinks, with many. */
+    for (int s = 0; s < (same ? 1 : 2) && !graph->surrogate; s++)
+        for (int n = pk__min(pk__max(used, 2) + 1, PK__ALONG_ORDER); moves[s] && !status && n;) {
+            double own = 0;
+            status = pk__along_closure(along, rows, &sides[s], n, &own);
+            const int again = own * along->scale > pk__along_allowed(along) && n < PK__ALONG_ORDER;
+            missed = again ? missed : fmax(missed, own);
+            n = again ? PK__ALONG_ORDER : 0;
+        }
     if (status)
         return status;
-    double largest = 0;
-    for (size_t i = 0; i < numbers; i++) {
-        result[i] += along->fine[i];
-        largest = fmax(largest, fabs(along->fine[i]));
-    }
     missed *= along->scale;
     if (rows->far) /* between kinks, short pieces are a small part of the integral */
         missed += fmax(pk__along_blur(&sides[0]), pk__along_blur(&sides[1])) * largest;
@@ -761,7 +1224,7 @@ static pk_status pk__along_window(pk__along *along, pk__along_rows *rows, pk__al
 /* result = the integral where rows have pieces of their own, or, where neither network nor loss have kinks and the rows are
  * steady, untouched with *steady = 1. */
 static pk_status pk__along_kinked(pk__along *along, const pk__gram_rows_of *left, const pk__gram_rows_of *right,
-                                  const int moves[2], unsigned char *order, size_t numbers, double *result,
+                                  const int moves[2], pk__along_order *order, size_t numbers, double *result,
                                   int *steady)
 {
     const pk_graph *graph = along->graph;
@@ -791,12 +1254,6 @@ static pk_status pk__along_kinked(pk__along *along, const pk__gram_rows_of *left
     *steady = !kinks && !rows.far;
     if (!*steady)
         status = pk__along_window(along, &rows, sides, !right, 0, 1, 0, order, numbers, result);
-    /* Both halves are computed, each from its own products: one is the other's mirror image. */
-    const size_t kept = pk__along_kept(along, left), n = left->rows.rows * kept;
-    for (size_t plane = 0; !status && !*steady && !right && plane < pk__along_planes(along); plane++)
-        for (size_t i = 0; i < n; i++)
-            for (size_t j = 0; j < i; j++)
-                result[(plane * n + i) * n + j] = result[(plane * n + j) * n + i];
     for (int s = 0; s < 2; s++)
         pk__along_side_release(along, &sides[s]);
     pk_release(along->context, rows.memory);
@@ -807,10 +1264,9 @@ static pk_status pk__along_kinked(pk__along *along, const pk__gram_rows_of *left
 
 PK__INTERNAL pk_status pk__along_integrate(pk__along *along, const pk__gram_rows_of *left,
                                            const pk__gram_rows_of *right, const int moves[2],
-                                           unsigned char *order, double *result)
+                                           pk__along_order *order, double *result)
 {
-    const size_t kept = pk__along_kept(along, left), planes = pk__along_planes(along);
-    const size_t numbers = planes * left->rows.rows * kept * (right ? right : left)->rows.rows * kept;
+    const size_t numbers = pk__along_numbers(along, left, right);
     const pk_rule rule = moves[0] || moves[1] ? along->rule.rule : PK_RULE_LEFT;
     const int nodes = pk__max(along->rule.nodes, rule == PK_RULE_TRAPEZOID ? 2 : 1);
     pk_status status = PK_OK;
@@ -830,18 +1286,23 @@ PK__INTERNAL pk_status pk__along_integrate(pk__along *along, const pk__gram_rows
             degree = own < 0 || degree < 0 ? -1 : degree + own;
         }
         return degree >= 0 && degree < PK__ALONG_NODES
-                   ? pk__along_gauss(along, left, right, moves, 0, 1, degree / 2 + 1, numbers, result)
-                   : pk__along_piece(along, left, right, moves, 0, 1, 0, order, numbers, result);
+                   ? pk__along_gauss(along, left, right, moves, 0, 1, degree / 2 + 1, result)
+                   : pk__along_piece(along, left, right, moves, 0, 1, 0, &order->smooth, numbers, result);
     }
     if (rule == PK_RULE_GAUSS)
-        return pk__along_gauss(along, left, right, moves, 0, 1, nodes, numbers, result);
-    if (!moves[0] && !moves[1])
-        return pk__along_add(along, left, right, moves, 0, 1, result);
-    for (int q = 0; !status && q < nodes; q++) {
-        const int ends = rule == PK_RULE_TRAPEZOID;
-        const double t = ends ? q / (double)(nodes - 1) : (q + (rule == PK_RULE_MIDPOINT ? 0.5 : 0)) / nodes;
-        const double weight = ends ? (q == 0 || q == nodes - 1 ? 0.5 : 1) / (nodes - 1) : 1.0 / nodes;
-        status = pk__along_add(along, left, right, moves, t, weight, result);
+        return pk__along_gauss(along, left, right, moves, 0, 1, nodes, result);
+    const int moving = moves[0] || moves[1], ends = rule == PK_RULE_TRAPEZOID, all = moving ? nodes : 1;
+    double *part = along->coarse;
+    for (int first = 0, count; first < all && !status; first += count) {
+        count = pk__min(all - first, PK__ALONG_NODES);
+        for (int i = 0; i < count; i++) {
+            const int q = first + i;
+            along->nodes[i] = ends ? q / (double)(nodes - 1) : (q + (rule == PK_RULE_MIDPOINT ? 0.5 : 0)) / all;
+            along->weights[i] = ends ? (q == 0 || q == nodes - 1 ? 0.5 : 1) / (nodes - 1) : 1.0 / all;
+        }
+        status = pk__along_sum(along, left, right, moves, (size_t)count, along->nodes, along->weights, part);
+        for (size_t i = 0; !status && i < numbers; i++)
+            result[i] += part[i];
     }
     return status;
 }

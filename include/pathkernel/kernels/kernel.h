@@ -158,8 +158,8 @@ typedef struct pk__kernel_pass {
     size_t step;
     double *c; /* N: of the step */
     pk_real *w, *next;
-    unsigned char *order; /* of each term and pair of blocks */
-    size_t orders;        /* of a term */
+    pk__along_order *order; /* of each term and pair of blocks */
+    size_t orders;          /* of a term */
     /* Of one pair of blocks: the rows that count. */
     struct pk__kernel_rows {
         size_t count, *index; /* of the side's rows */
@@ -174,7 +174,7 @@ typedef struct pk__kernel_pass {
 
 /* ---- the pass: what it takes --------------------------------------------------------------------------- */
 
-enum { PK__KERNEL_ROWS = 256, PK__KERNEL_NUMBERS = 1 << 20 };
+enum { PK__KERNEL_ROWS = 512, PK__KERNEL_NUMBERS = 1 << 20 };
 
 PK__INTERNAL size_t pk__kernel_block(const pk_run *run, const pk_kernel_options *options)
 {
@@ -250,7 +250,7 @@ static void pk__kernel_pass_take(pk__arena *arena, pk__kernel_pass *pass)
     const size_t P = run->parameters, D = run->graph.input_width, C = run->outputs, B = pk__pass_block(pass);
     pass->w = pk__arena_take(arena, P, sizeof(pk_real));
     pass->next = pk__arena_take(arena, P, sizeof(pk_real));
-    pass->order = pk__arena_take(arena, pass->terms, pk__max(pass->orders, 1));
+    pass->order = pk__arena_take(arena, pass->terms, pk__max(pass->orders, 1) * sizeof *pass->order);
     pass->block = pk__arena_take(arena, pass->capacity, sizeof(double));
     for (int s = 0; s < 2; s++) {
         pass->rows[s].index = pk__arena_take(arena, B, sizeof(size_t));
@@ -396,7 +396,7 @@ static pk_status pk__kernel_fed(pk__kernel_pass *pass, const pk__kernel_term *te
 
 /* block = the products of the rows that were chosen. */
 static pk_status pk__kernel_multiply(pk__kernel_pass *pass, const pk__kernel_term *term, int full, int by_layer,
-                                     unsigned char *order)
+                                     pk__along_order *order)
 {
     const struct pk__kernel_rows *rows = pass->rows;
     const size_t first[2] = {rows[0].count ? rows[0].index[0] : 0, rows[1].count ? rows[1].index[0] : 1};
@@ -566,7 +566,8 @@ static pk_status pk__kernel_diagonal(pk__kernel_pass *pass, pk__kernel *kernel, 
     const size_t some = pk__min(8, pk__pass_block(pass));
     const pk__kernel_term term = pk__kernel_term_of(pass, kernel, s, s);
     const pk__kernel_side *side = &pass->side[term.side[0]];
-    unsigned char order = 0;
+    pk__along_order order;
+    memset(&order, 0, sizeof order);
     size_t slot = 0;
     if (!pk__kernel_takes(pass, kernel, pass->step, 0, &slot))
         return PK_OK;
@@ -716,17 +717,20 @@ static void pk__kernel_pass_set(pk__kernel_pass *pass, const pk_dataset *left, c
     }
     pk__kernel_terms(pass);
     const size_t B = pk__pass_block(pass);
-    size_t width = 1, layers = 1, most = 1, rows_of_all = 1;
+    size_t width = 1, layers = 1, most = 1, sides[2] = {1, 1};
     for (size_t k = 0; k < pass->count; k++) {
-        rows_of_all = pk__max(rows_of_all, pk__max(pass->kernel[k].rows, pass->kernel[k].columns));
+        sides[0] = pk__max(sides[0], pass->kernel[k].rows);
+        sides[1] = pk__max(sides[1], pass->kernel[k].columns);
         width = pk__max(width, pass->kernel[k].width);
         layers = pk__max(layers, pass->kernel[k].layers);
         most =
             pk__max(most, pk__max(pk__blocks(pass->kernel[k].rows, B), pk__blocks(pass->kernel[k].columns, B)));
     }
     pass->orders = most * most;
-    const size_t numbers = pk__min(B, rows_of_all) * width;
-    pass->capacity = numbers * numbers * layers;
+    /* a diagonal takes rows of one side with themselves */
+    const size_t some = pk__min(B, pk__max(pk__min(sides[0], sides[1]), 8)),
+                 all = pk__min(B, pk__max(pk__max(sides[0], sides[1]), 8));
+    pass->capacity = some * width * all * width * layers;
 }
 
 static void pk__kernel_pass_release(pk__kernel_pass *pass)
@@ -967,7 +971,7 @@ static size_t pk__kernel_beside(const pk_run *run, const pk_dataset *left, const
             most = pk__max(most, planes * (2 * rows + columns) * sizeof(double));
         pairs = pk__max(pairs, blocks * blocks);
     }
-    return most + count * pairs + 1024; /* what allocations add */
+    return most + count * pairs * sizeof(pk__along_order) + 1024; /* what allocations add */
 }
 
 PK_API pk_status pk_kernels(pk_context *context, const pk_run *run, const pk_dataset *left,
