@@ -229,7 +229,27 @@ EINSUMS = {
 }
 LINEAR = nn.Linear
 SEQUENCE = nn.Sequential
+def frozen_body(s, x):
+    with torch.no_grad():
+        x = torch.tanh(s.body(x))
+    return s.head(x)
+
+
+def running(norm, *shape):
+    norm(torch.randn(9, *shape))
+    return norm.eval()
+
+
 MODELS = {
+    "a parameter without use": (lambda: model(lambda s, x: s.a(x), a=nn.Linear(8, 2), b=parameter(8)), rows(8)),
+    "instance norm by running statistics": (
+        lambda: model(
+            lambda s, x: s.o(torch.tanh(s.n(x)).flatten(1)),
+            n=running(nn.InstanceNorm1d(3, affine=True, track_running_stats=True), 3, 5),
+            o=nn.Linear(15, 2),
+        ),
+        rows(3, 5),
+    ),
     **{
         "einsum "
         + text: (
@@ -757,7 +777,6 @@ REFUSED = {
         "",
     ),
     "fewer rows": (*linear(lambda s, x: s.a(x)[:2]), ""),
-    "a parameter without use": (*linear(lambda s, x: s.a(x), a=nn.Linear(8, 2), b=parameter(8)), "b"),
     "an output without inputs": (*linear(lambda s, x: torch.ones(x.size(0), 2)), "inputs"),
     "control flow by the data": (*linear(lambda s, x: s.a(x) if x.sum() > 0 else -s.a(x)), "Python code sees"),
     "a number of the data": (*linear(lambda s, x: s.a(x) * x.max().item()), "Python code sees"),
@@ -842,6 +861,14 @@ class Graph(unittest.TestCase):
         for name, value in zip(("initial", "final"), wanted):
             self.assertLess(np.abs(found[name] - value).max(), 1e-12 * np.abs(value).max(), network.line)
         self.assertLess(np.abs(found["unattributed"]).max(), 1e-12 * np.abs(wanted).max(), network.line)
+
+    def test_frozen(self):
+        """A body that is run without gradients is cut off where it is trained only."""
+        made = model(frozen_body, body=nn.Linear(8, 4).requires_grad_(False), head=nn.Linear(4, 2))
+        self.assertIn("dense 4; tanh; dense 2", read_network(made, rows(8)).line)
+        made.body.weight.requires_grad_(True)
+        with self.assertRaises(Unsupported):
+            read_network(made, rows(8))
 
     def test_models(self):
         for name, (make, x) in MODELS.items():
