@@ -30,6 +30,9 @@ Rates, settings and gradients are taken when the optimizer steps; what changes a
 
 With a DataLoader, wrap the dataset in Indexed: each batch then starts with the row numbers.
 
+An optimizer that has made steps before (a checkpoint's) is recorded with its state, and what that contributes is told from the
+examples (inherited.npy).
+
 Every step appends one row to each .npy file, weights.npy last; a kill at any moment loses at most the step in
 flight. Recorder(..., resume=True) goes on with such a run. One recorder at a time writes into a folder.
 """
@@ -754,14 +757,31 @@ def _groups(model, parameters, optimizer):
     return groups + [_Group(None, frozen)] * bool(frozen)
 
 
-def _check_fresh(optimizer):
-    for state in optimizer.state.values():
-        made = [state["step"]] if "step" in state else state.values()  # Adagrad's sum starts with a number
-        if any(torch.as_tensor(v).numel() and torch.as_tensor(v).abs().max() > 0 for v in made if v is not None):
-            raise RecordError(
-                "the optimizer has made steps already; a recording starts with a fresh one, or goes on with the run "
-                "that has these steps (resume=True)"
-            )
+def _updates_made(model, optimizer):
+    """How many updates the optimizer has made before: 0, or of one that does not count them (SGD) 1. It has to be one number
+    for all tensors."""
+    names, made = {id(p): name for name, p in model.named_parameters()}, {}
+    for group in optimizer.param_groups:
+        if isinstance(optimizer, torch.optim.SGD) and not group["momentum"]:
+            continue
+        for p in group["params"]:
+            state = optimizer.state.get(p, {})
+            count = int(state["step"]) if "step" in state else int(torch.is_tensor(state.get("momentum_buffer")))
+            if p.requires_grad:
+                made.setdefault(count, names.get(id(p)))
+    if len(made) < 2:
+        return next(iter(made), 0)
+    fewest, most = min(made), max(made)
+    if isinstance(optimizer, torch.optim.SGD):
+        raise RecordError(
+            f"the optimizer has a momentum of parameter '{made[1]}' and none of '{made[0]}', whose first step goes by another "
+            "rule; the format has one for all tensors: begin with a fresh optimizer, or give all tensors a momentum_buffer"
+        )
+    raise RecordError(
+        f"the optimizer has made {most} steps with parameter '{made[most]}' and {fewest} with '{made[fewest]}'; the format has "
+        "one number for all tensors, by which their moments are corrected: begin with a fresh optimizer, or train them from "
+        "the start together"
+    )
 
 
 def _precision(optimizer):
@@ -1137,7 +1157,7 @@ class Recorder:
         self.resume = None if resume is False else resume
         self.groups = _groups(model, self.parameters, optimizer)
         if self.resume is None:
-            _check_fresh(optimizer)
+            _updates_made(model, optimizer)
         self._watch_modes()
         if self._mode_problem():
             raise RecordError(self._mode_problem())
@@ -1184,7 +1204,7 @@ class Recorder:
         self.rated = [g.number for g in self.groups[1:]] if any(g.number is not None for g in self.groups[1:]) else []
         self.files, self.lock, self.pending, self.scale, self.settings, self.mean, self.momentum = None, None, [], None, None, (), 0.0
         self.arriving, self.parts, self.calls, self.rows, self.last, self.unit, self.divided = None, [], [], 0, None, None, None
-        self.watching = None
+        self.watching, self.begun, self.initial = None, 0, None  # begun: the optimizer's updates before step 0
         self.clipped = False  # whether the gradient is the one that clip() has seen
 
     def _read_network(self):
@@ -1398,16 +1418,47 @@ class Recorder:
 
     def _arrays(self):
         arrays = {f"constant_{name}": array for name, array in self.constants.items()}
+        if self.initial is not None:
+            arrays["initial_state"] = self.initial
         return {**arrays, "train_inputs": self.inputs, "train_targets": self.targets}
 
     def _text(self):
         text = f"pathkernel-run 1\nnetwork   {self.network}\nloss      {self.loss.line}\noptimizer {self.groups[0].line}\n"
+        text += f"initial_step {self.begun}\n" if self.begun else ""
         return text + "".join(f"group     {group.text()}\n" for group in self.groups[1:])
+
+    def _begin(self):
+        """The state that the optimizer has already, if it has made steps before."""
+        self.begun = _updates_made(self.model, self.optimizer)
+        vectors = max(len(update.vectors) for update in self.updates)
+        if not self.begun or not vectors:
+            return
+        self.initial = np.zeros((vectors, sum(p.numel() for p in self.parameters)))
+        ends = np.cumsum([0] + [p.numel() for p in self.parameters])
+        no = lambda reason: RecordError(f"the optimizer has made steps before, and {reason}")
+        for update, group, state in zip(self.updates, self.groups, self._states(no, 0)):
+            for i in group.members:
+                own = self.optimizer.state[self.parameters[i]]
+                for k, name in enumerate(update.vectors):
+                    self.initial[k, ends[i] : ends[i + 1]] = _double(own[name].detach()).reshape(-1)
+                if torch.is_tensor(own.get("mu_product")):  # it tells whether the betas were those of now
+                    kind, product = np.float32 if update.options.float32_product else np.float64, 1.0
+                    for n in range(1, self.begun + 1):
+                        product = kind(product * kind(update._mu(n)))
+                    if abs(float(own["mu_product"]) - product) > 1e-6 * product:
+                        raise no(
+                            "NAdam's mu_product is not that of the betas and the momentum_decay of now, by which the format "
+                            "computes it: begin with a fresh optimizer"
+                        )
+            update.resume(state, self.begun)
+        if not np.isfinite(self.initial).all():
+            raise no("its state holds a NaN or an infinity")
 
     def _start(self):
         """Writes what a run starts with, into a folder that has no run yet."""
+        self._begin()
         arrays = self._arrays()
-        names = [f + ".npy" for f in (*_FILES, *arrays)] + ["run.txt"]
+        names = [f + ".npy" for f in dict.fromkeys((*_FILES, *arrays, "initial_state"))] + ["run.txt"]
         cut_off = os.path.lexists(self._path("run.txt.tmp")) and not os.path.lexists(self._path("run.txt"))
         if cut_off:  # a start that was killed: nothing is recorded there
             with os.fdopen(_open(self._path("run.txt.tmp"), os.O_RDONLY), "rb") as file:
@@ -1459,6 +1510,9 @@ class Recorder:
         moved = os.path.lexists(self._path("momenta.npy"))
         with os.fdopen(_open(self._path("run.txt"), os.O_RDONLY), "rb") as file:
             said = [line.split("#")[0].split() for line in file.read(2**24).decode("latin-1").splitlines()]
+        self.begun = next((int(words[1]) for words in said if words[:1] == ["initial_step"] and words[1:]), 0)
+        if os.path.lexists(self._path("initial_state.npy")):
+            self.initial = _load(self._path("initial_state.npy"))
         for was, now in itertools.zip_longest(filter(None, said), map(str.split, self._text().splitlines())):
             if was != now and not (moved and was and now and self._fixed(" ".join(was)) == self._fixed(" ".join(now))):
                 raise no(f"its run.txt says '{' '.join(was or ())}', not '{' '.join(now or ())}'")
@@ -1504,25 +1558,40 @@ class Recorder:
                         f"was after step {steps}"
                     )
         if not steps:
-            _check_fresh(self.optimizer)
+            self._continue_at_start(no)
         for update, columns in zip(self.updates, self.columns):
-            update.resume([] if recorded is None else [row[columns] for row in recorded[: len(update.vectors)]], steps)
+            if steps:
+                state = [] if recorded is None else [row[columns] for row in recorded[: len(update.vectors)]]
+                update.resume(state, self.begun + steps)
         weights.cut(steps + 1)  # first, since it says how many steps there are
         end = int(offsets.row(steps))
         for name, file in files.items():
             file.cut(end if name in _ITEMS else steps + (name in ("weights", "batch_offsets")))
         self.steps = steps
 
+    def _continue_at_start(self, no):
+        """Goes on with a run of no steps: the optimizer has to be as the run begins."""
+        begun, initial = self.begun, self.initial
+        self.begun, self.initial = 0, None
+        self._begin()
+        same = initial is None if self.initial is None else initial is not None and np.array_equal(initial, self.initial)
+        if self.begun != begun or not same:
+            raise no(
+                f"it begins with an optimizer that has made {begun} steps"
+                f"{' and has another state' if self.begun == begun else f', this one has made {self.begun}'}"
+            )
+
     def _states(self, no, steps):
-        """The optimizer's vectors at the numbers that are looked at, of each group."""
+        """The optimizer's vectors at the numbers that are looked at, of each group; steps: since step 0."""
         for update, group in zip(self.updates, self.groups):
             states = [self.optimizer.state.get(self.parameters[i], {}) for i in group.members]
             for state in states:
                 lacks = [name for name in update.vectors if not torch.is_tensor(state.get(name))]
                 if lacks:
                     raise no(f"the optimizer has no {lacks[0]}: restore its state_dict as it was after step {steps}")
-                if "step" in state and update.kind != "sgd" and int(state["step"]) != steps:
-                    raise no(f"the optimizer has made {int(state['step'])} steps, not {steps}: restore its state_dict")
+                if "step" in state and update.kind != "sgd" and int(state["step"]) != steps + self.begun:
+                    made = int(state["step"])
+                    raise no(f"the optimizer has made {made} steps, not {steps + self.begun}: restore its state_dict")
                 product = state.get("mu_product")
                 if update.options.float32_product and torch.is_tensor(product) and product.dtype == torch.float64:
                     raise no(
@@ -1998,6 +2067,13 @@ class Recorder:
         if not (difference <= allowed).all():  # how much rounding changes it: where much cancels, a lot
             allowed = allowed + 100 * norms(scale * (gradient(epsilon) - wanted))
         if not (difference <= allowed).all():
+            most = given.abs().max()
+            if (norms(given - (scale * wanted).clamp(-most, most)) <= allowed).all():
+                raise self._refusal(
+                    f"the gradient was clipped number by number, at {float(most):.6g} (clip_grad_value_). That multiplies each "
+                    "weight's gradient by a factor of its own, and the format has one factor a step: clip the norm, by "
+                    "record.clip(max_norm) or clip_grad_norm_, or do not clip"
+                )
             size = (given - scale * wanted).norm() / (scale * wanted).norm()
             alike = (given - factor * wanted).norm() < 1e-3 * given.norm()
             self._wrong_gradient(step, changed, f": it differs by {float(size):.2g} of its size", alike and factor / scale)

@@ -1,5 +1,5 @@
 """Runs that begin with an optimizer's state, and averages of the weights: trained by torch.optim, averaged by
-torch.optim.swa_utils, written by NumPy as docs/run-directory.md says, and decomposed by the program; against brute force in
+torch.optim.swa_utils, written by NumPy as docs/run-directory.md says or by the recorder, and decomposed by the program; against brute force in
 float64, which goes forward in time with a momentum and a displacement of its own for each training example.
 
     PATHKERNEL_DECOMPOSE=build/pathkernel-decompose python3 tests/python/test_state.py
@@ -7,15 +7,21 @@ float64, which goes forward in time with a momentum and a displacement of its ow
 Needs torch >= 1.13 and NumPy. The program is $PATHKERNEL_DECOMPOSE, or pathkernel-decompose on the PATH.
 """
 
+import copy
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import unittest
 
 import numpy as np
 import torch
 from torch import nn
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, "..", "..", "examples", "pytorch"))
+from pathkernel_record import RecordError, Recorder  # noqa: E402
 
 PROGRAM = os.environ.get("PATHKERNEL_DECOMPOSE") or shutil.which("pathkernel-decompose")
 N, IN, HIDDEN, OUT, M, BATCH, BEFORE, STEPS = 12, 4, 6, 3, 4, 5, 4, 9
@@ -347,6 +353,164 @@ class Averages(Case):
         for text in ("ema:0.8", "swa:1:2"):
             with self.subTest(text):
                 self.judge("adam", text, 0, until=5)
+
+
+class Recorded(Case):
+    """The recorder, with optimizers that have made steps before."""
+
+    def start(self, name, steps=BEFORE, groups=False, dtype=F64):
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Linear(IN, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, OUT)).to(dtype)
+        parameters = list(model.parameters())
+        if groups:
+            parameters = [{"params": parameters[::2]}, {"params": parameters[1::2], "weight_decay": 0.0, "lr": 0.01}]
+        optimizer = OPTIMIZERS[name][1](parameters)
+        self.generator = torch.Generator().manual_seed(3)
+        for _ in range(steps):
+            self.step(model, optimizer)
+        return model, optimizer
+
+    def step(self, model, optimizer, clip=None):
+        indices = torch.randint(N, (BATCH,), generator=self.generator)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(self.x[indices].to(model[0].weight)), self.y[indices]).backward()
+        if clip:
+            clip(model.parameters())
+        optimizer.step()
+        return indices
+
+    def record(self, model, optimizer, steps=STEPS, clip=None, **options):
+        x = self.x.to(model[0].weight)
+        with Recorder(
+            self.run_dir, model, loss=nn.CrossEntropyLoss(), optimizer=optimizer, inputs=x, targets=self.y, **options
+        ) as record:
+            for _ in range(steps):
+                record(self.step(model, optimizer, clip))
+        return record
+
+    def read(self, name):
+        with open(os.path.join(self.run_dir, name), "rb") as file:
+            return file.read()
+
+    def test_every_optimizer(self):
+        """What the recorder writes is what the loop by hand writes."""
+        for name, (_, _, vectors) in OPTIMIZERS.items():
+            with self.subTest(name):
+                shutil.rmtree(self.run_dir)
+                os.makedirs(self.run_dir)
+                self.train(name, BEFORE)
+                by_hand = {file: self.read(file) for file in os.listdir(self.run_dir) if file.endswith(".npy")}
+                result = self.decompose()
+                shutil.rmtree(self.run_dir)
+                self.record(*self.start(name))
+                for file, bytes in by_hand.items():
+                    if file in ("weights.npy", "initial_state.npy"):
+                        there = np.load(os.path.join(self.run_dir, file))
+                        np.save(os.path.join(self.folder, "there.npy"), there)
+                        with open(os.path.join(self.folder, "there.npy"), "rb") as again:
+                            self.assertEqual(again.read(), bytes, file)
+                text = self.read("run.txt").decode()
+                counted = BEFORE if "sgd" not in text else 1
+                self.assertEqual(f"initial_step {counted}\n" in text, bool(vectors))
+                recorded = self.decompose()
+                for key in result:
+                    self.assertLess(np.abs(result[key] - recorded[key]).max(), 1e-13, key)
+
+    def test_groups_and_float32(self):
+        for name in ("dampening", "adamw", "nadam", "rmsprop_centered", "adagrad"):
+            for dtype in (F64, torch.float32):
+                with self.subTest(name, dtype=dtype):
+                    shutil.rmtree(self.run_dir, ignore_errors=True)
+                    self.record(*self.start(name, groups=True, dtype=dtype))
+                    result = self.decompose()
+                    self.assertEqual("inherited" in result, True)
+                    limit = 1e-12 if dtype == F64 else 2e-5
+                    self.assertLess(np.abs(result["unattributed"]).max(), limit)
+                    self.assertLess(np.abs(result["closure"]).max(), 1e-12)
+
+    def test_goes_on(self):
+        """A recording that begins with a state is resumed, from its end, from an earlier step and from its start."""
+        for name in ("nesterov", "adam", "nadam"):
+            for steps, back in ((5, 5), (5, 2), (0, 0), (5, 0)):
+                with self.subTest(name, steps=steps, back=back):
+                    shutil.rmtree(self.run_dir, ignore_errors=True)
+                    model, optimizer = self.start(name)
+                    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), self.generator.get_state()))
+                    x = self.x
+                    with Recorder(
+                        self.run_dir, model, loss=nn.CrossEntropyLoss(), optimizer=optimizer, inputs=x, targets=self.y
+                    ) as record:
+                        for k in range(steps):
+                            if k == back:
+                                saved = copy.deepcopy(
+                                    (model.state_dict(), optimizer.state_dict(), self.generator.get_state())
+                                )
+                            record(self.step(model, optimizer))
+                        if back == steps:
+                            saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), self.generator.get_state()))
+                    model.load_state_dict(saved[0])
+                    optimizer.load_state_dict(saved[1])
+                    self.generator.set_state(saved[2])
+                    if name == "nadam":  # load_state_dict of a double model makes it double
+                        for state in optimizer.state.values():
+                            state["mu_product"] = state["mu_product"].float()
+                    record = self.record(model, optimizer, STEPS - back, resume=back)
+                    self.assertEqual(record.steps, STEPS)
+                    result = self.decompose()
+                    self.assertLess(np.abs(result["unattributed"]).max(), 1e-12)
+                    shutil.rmtree(self.run_dir)
+                    self.record(*self.start(name))
+                    whole = self.decompose()
+                    for key in whole:
+                        self.assertLess(np.abs(result[key] - whole[key]).max(), 1e-12, key)
+
+    def refuse(self, words, model, optimizer, steps=STEPS, **options):
+        shutil.rmtree(self.run_dir, ignore_errors=True)
+        with self.assertRaisesRegex(RecordError, words):
+            self.record(model, optimizer, steps, **options)
+        self.assertFalse(os.path.exists(self.run_dir))
+
+    def test_refusals(self):
+        model, optimizer = self.start("adam")
+        optimizer.state[model[2].bias]["step"] += 3
+        self.refuse("made 7 steps with parameter '2.bias' and 4 with '0.weight'", model, optimizer)
+        model, optimizer = self.start("adam")
+        del optimizer.state[model[0].weight]
+        self.refuse("made 4 steps with parameter '0.bias' and 0 with '0.weight'", model, optimizer)
+        model, optimizer = self.start("momentum")
+        del optimizer.state[model[2].weight]
+        self.refuse("has a momentum of parameter '0.weight' and none of '2.weight'", model, optimizer)
+        model, optimizer = self.start("amsgrad")
+        del optimizer.state[model[2].weight]["max_exp_avg_sq"]
+        self.refuse("has no max_exp_avg_sq", model, optimizer)
+        model, optimizer = self.start("adamw")
+        optimizer.state[model[0].bias]["exp_avg"][0] = float("nan")
+        self.refuse("holds a NaN or an infinity", model, optimizer)
+        model, optimizer = self.start("nadam")
+        optimizer.param_groups[0]["betas"] = (0.8, 0.999)
+        self.refuse("mu_product is not that of the betas", model, optimizer)
+        # Another state than the one that the run begins with.
+        model, optimizer = self.start("adam")
+        self.record(model, optimizer, 0)
+        optimizer.state[model[0].bias]["exp_avg"] += 1
+        with self.assertRaisesRegex(RecordError, "cannot be resumed: it begins with an optimizer that has made 4 steps and"):
+            self.record(model, optimizer, resume=True)
+        model, optimizer = self.start("adam")
+        for state in optimizer.state.values():
+            state["step"] += 1
+        with self.assertRaisesRegex(RecordError, "has made 4 steps, this one has made 5"):
+            self.record(model, optimizer, resume=True)
+
+    def test_clipping_by_number(self):
+        """clip_grad_value_ is refused where it acts, by name; where it does nothing, the run is what it is without."""
+        values = lambda most: lambda parameters: nn.utils.clip_grad_value_(parameters, most)
+        for name in ("sgd", "adamw"):
+            for most in (1e-3, 0.02):
+                with self.subTest(name, most=most):
+                    model, optimizer = self.start(name, 0)
+                    self.refuse(f"step 0: the gradient was clipped number by number, at {most:g}", model, optimizer, clip=values(most))
+        self.record(*self.start("adamw", 0), clip=values(100.0))
+        self.assertLess(np.abs(self.decompose()["unattributed"]).max(), 1e-12)
 
 
 def tearDownModule():
