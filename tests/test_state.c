@@ -439,6 +439,138 @@ static void test_memory(void **state)
     end_case(&c);
 }
 
+/* A schedule that moves the momentum, or beta1: recorded by a loop of one's own, read, decomposed. */
+static void test_momenta(void **state)
+{
+    (void)state;
+    static const char *const moving[] = {"sgd momentum=0.9",
+                                         "sgd momentum=0.8 nesterov=1 weight_decay=0.02 maximize=1",
+                                         "sgd momentum=0.7 dampening=0.4",
+                                         "adam epsilon=1e-4 weight_decay=0.05",
+                                         "adamw epsilon=1e-4 amsgrad=1 weight_decay=0.1",
+                                         "rmsprop epsilon=1e-3 alpha=0.8 momentum=0.7 weight_decay=0.05",
+                                         "rmsprop epsilon=1e-2 alpha=0.7 centered=1 momentum=0.6"};
+    double worst = 0, worst_closure = 0;
+    for (size_t o = 0; o < sizeof moving / sizeof *moving; o++)
+        for (int kind = 0; kind < 4; kind++) { /* grouped or not */
+            case_data c;
+            pk_recorder recorder;
+            pk_recorder_options options = {0};
+            pk_trainer trainer = {0};
+            pk_parameter_groups groups = {0};
+            pk_run run;
+            double momenta[STEPS];
+            const int grouped = kind % 2;
+            const char *const lines[] = {"1,3 weight_decay=0 rate=0.5", "0 frozen"};
+            begin_case(networks[kind], moving[o], 0, 40 + o, &c);
+            pk_real *w = c.start, *next = FIXTURE_NEW(pk_real, c.P), *state_before = NULL;
+            options.network = networks[kind];
+            options.loss = "squared";
+            options.optimizer = moving[o];
+            options.groups = lines;
+            options.group_count = grouped ? 2 : 0;
+            options.replace = 1;
+            c.vectors = pk_optimizer_state_vectors(&c.optimizer);
+            state_before = FIXTURE_NEW(pk_real, c.vectors * c.P);
+            for (size_t i = 0; i < c.vectors * c.P; i++)
+                state_before[i] = (pk_real)(0.02 + 0.01 * (double)(i % 3));
+            if (o % 2) {
+                options.initial_state = state_before;
+                options.initial_step = c.optimizer.initial_step = 5;
+                c.optimizer.initial_state = 1;
+            }
+            assert_ok(&c.context, pk_parameter_groups_parse(&c.context, &c.graph, &c.optimizer,
+                                                            options.group_count, lines, &groups));
+            assert_ok(&c.context, pk_recorder_open(&c.context, c.folder[0], &options, &c.data, w, &recorder));
+            assert_ok(&c.context, pk_trainer_prepare_with(&c.context, &c.graph, &c.data, &c.criterion,
+                                                          &c.optimizer, &groups, EXAMPLES, &trainer));
+            if (o % 2)
+                memcpy(trainer.state, state_before, c.vectors * c.P * sizeof *w);
+            for (size_t s = 0; s < STEPS; s++) {
+                const double moved = momenta[s] = 0.95 - 0.1 * (double)(s % 4);
+                const int64_t items[3] = {(int64_t)(s % EXAMPLES), (int64_t)((3 * s + 1) % EXAMPLES), 2};
+                const pk_batch batch = {3, items, NULL};
+                double scale;
+                trainer.optimizer.momentum = trainer.optimizer.beta1 = moved;
+                for (size_t g = 0; g < groups.count; g++)
+                    groups.group[g].optimizer.momentum = groups.group[g].optimizer.beta1 = moved;
+                assert_ok(&c.context,
+                          pk_training_step(&c.context, &trainer, s, 0.02, 0, &batch, w, next, &scale, NULL));
+                assert_ok(&c.context, pk_recorder_training_step(&c.context, &recorder, 0.02, &batch, 1,
+                                                                trainer.state, next));
+                memcpy(w, next, c.P * sizeof *w);
+            }
+            assert_ok(&c.context, pk_recorder_close(&c.context, &recorder));
+            char path[400];
+            const size_t shape[1] = {STEPS};
+            snprintf(path, sizeof path, "%s/momenta.npy", c.folder[0]);
+            assert_ok(&c.context, pk_array_write(&c.context, path, PK_FLOAT64, 1, shape, momenta));
+            pk_trainer_release(&c.context, &trainer);
+            pk_parameter_groups_release(&c.context, &groups);
+            assert_ok(&c.context, pk_run_open(&c.context, c.folder[0], &run));
+            assert_non_null(run.optimizer.momenta);
+            pk_decomposition got;
+            pk_decompose_options how = {0};
+            const pk_matrix inputs = pk_matrix_view(c.test, ROWS, 4);
+            for (int averaged = 0; averaged < 2; averaged++) {
+                if (averaged)
+                    assert_ok(&c.context, pk_average_parse(&c.context, "ema:0.8:1", &how.average));
+                assert_ok(&c.context, pk_decompose(&c.context, &run, inputs, &how, &got));
+                assert_adds_up(&got);
+                definition d = define(&c.context, &run, inputs, &how.average, kind == KINKED);
+                const double error = apart(&got, &d);
+                if (!(error <= (kind == KINKED ? 1e-2 : ROUNDING(1e-10))))
+                    fail_msg("%s; %s: %.3g of the largest", networks[kind], moving[o], error);
+                worst = kind == KINKED ? worst : fmax(worst, error);
+                worst_closure = fmax(worst_closure, got.worst_closure);
+                pk_decomposition_release(&c.context, &got);
+                free(d.memory);
+            }
+            pk_run_release(&c.context, &run);
+            momenta[4] = kind ? 0 : 1; /* what a momentum is not */
+            assert_ok(&c.context, pk_array_write(&c.context, path, PK_FLOAT64, 1, shape, momenta));
+            assert_refused(&c.context, PK_ARGUMENT, "momenta.npy holds",
+                           pk_run_open(&c.context, c.folder[0], &run));
+            assert_ok(&c.context, pk_array_write(&c.context, path, PK_FLOAT32, 1, shape, momenta));
+            assert_refused(&c.context, PK_FORMAT, "momenta.npy holds float32",
+                           pk_run_open(&c.context, c.folder[0], &run));
+            (void)unlink(path);
+            free(next), free(state_before);
+            end_case(&c);
+        }
+    print_message("entries differ by %.2g of the largest, closure %.2g\n", worst, worst_closure);
+    /* Rules that no schedule moves, and groups with a momentum of their own. */
+    static const struct {
+        const char *rule, *line;
+        pk_status status;
+        const char *message;
+    } refused[] = {{"sgd", NULL, PK_FORMAT, "momenta.npy: the optimizer in run.txt has no momentum"},
+                   {"nadam", NULL, PK_FORMAT, "momenta.npy: the optimizer in run.txt has no momentum"},
+                   {"rmsprop", NULL, PK_FORMAT, "momenta.npy: the optimizer in run.txt has no momentum"},
+                   {"adagrad", NULL, PK_FORMAT, "momenta.npy: the optimizer in run.txt has no momentum"},
+                   {"adam", "1 beta1=0.5", PK_FORMAT, "run.txt line 5: a momentum of the group's own"},
+                   {"sgd momentum=0.9", "1 momentum=0.5", PK_FORMAT, "line 5: a momentum of the group's own"}};
+    for (size_t i = 0; i < sizeof refused / sizeof *refused; i++) {
+        case_data c;
+        pk_run run;
+        char path[400];
+        double numbers[AFTER];
+        const size_t shape[1] = {AFTER};
+        begin_case(networks[0], refused[i].rule, 0, i, &c);
+        c.lines[0] = refused[i].line;
+        c.line_count = refused[i].line != NULL;
+        train_twice(&c, refused[i].rule, 0, 1);
+        for (size_t s = 0; s < AFTER; s++)
+            numbers[s] = 0.5;
+        snprintf(path, sizeof path, "%s/momenta.npy", c.folder[1]);
+        assert_ok(&c.context, pk_array_write(&c.context, path, PK_FLOAT64, 1, shape, numbers));
+        assert_refused(&c.context, refused[i].status, refused[i].message,
+                       pk_run_open(&c.context, c.folder[1], &run));
+        (void)unlink(path);
+        end_case(&c);
+    }
+}
+
 /* Other analyses of runs that begin with a state: what it contributes is a part of what they find, too. */
 static void test_analyses(void **state)
 {
@@ -734,7 +866,7 @@ int main(void)
         cmocka_unit_test(test_resumed),     cmocka_unit_test(test_averages),
         cmocka_unit_test(test_analyses),    cmocka_unit_test(test_bad_states),
         cmocka_unit_test(test_bad_options), cmocka_unit_test(test_average_texts),
-        cmocka_unit_test(test_memory),
+        cmocka_unit_test(test_memory),      cmocka_unit_test(test_momenta),
     };
     return cmocka_run_group_tests(tests, fixture_enter, fixture_leave);
 }
