@@ -420,17 +420,18 @@ typedef struct pk__group {
     }
 #define PK__WIDE_GROUPS(X) PK__WIDE_EACH(X, 0) PK__WIDE_EACH(X, 1) PK__WIDE_EACH(X, 2)
 /* halved: only the last two rows of the last group are computed. both: two panels, the second one next to the first in b.
- * term: the numbers of the terms to add, or NULL for all. */
-PK__AVX512 PK__INLINE void pk__wide_tile(size_t groups, int halved, int both, const pk__group *group,
-                                         const size_t *distance, size_t depth, const unsigned char *term,
-                                         size_t along, const pk__panels *b, const pk_real *beside,
-                                         const pk_real *start, const pk__tile_target *target)
+ * picked: the terms to add are those that term lists, and the target is set or added to. */
+PK__AVX512 PK__INLINE void pk__wide_tile(size_t groups, int halved, int both, int picked,
+                                         const pk__group *group, const size_t *distance, size_t depth,
+                                         const unsigned char *term, size_t along, const pk__panels *b,
+                                         const pk_real *beside, const pk_real *start,
+                                         const pk__tile_target *target)
 {
     typedef pk__whole_vector vector;
     const vector zero = {0};
     const size_t distance0 = 0, distance1 = distance[1], distance2 = distance[2], distance3 = distance[3];
     const size_t step = b->step, ahead = b->ahead;
-    const int fetching = groups > 1 && !term;
+    const int fetching = groups > 1 && !picked;
     const pk_real *panel = b->first;
     PK__WIDE_TAKE(0)
     PK__WIDE_TAKE(1)
@@ -440,7 +441,7 @@ PK__AVX512 PK__INLINE void pk__wide_tile(size_t groups, int halved, int both, co
     }
     PK__UNROLL
     for (size_t p = 0; p < depth; p++) {
-        const size_t q = term ? term[p] : p, at = q * along;
+        const size_t q = picked ? term[p] : p, at = q * along;
         if (fetching) {
             __builtin_prefetch(panel + q * step + ahead);
             if (both)
@@ -452,7 +453,7 @@ PK__AVX512 PK__INLINE void pk__wide_tile(size_t groups, int halved, int both, co
     }
     if (target->form == PK__TILE_SET) {
         PK__WIDE_GROUPS(PK__WIDE_SETS)
-    } else if (target->form == PK__TILE_ADD) {
+    } else if (picked || target->form == PK__TILE_ADD) {
         PK__WIDE_GROUPS(PK__WIDE_ADDS)
     } else if (target->form == PK__TILE_DOT) {
         vector *to = (vector *)target->to;
@@ -467,10 +468,10 @@ PK__AVX512 PK__INLINE void pk__wide_tile(size_t groups, int halved, int both, co
 }
 
 /* Tiles of two groups of rows, or of three; and, for networks of ten outputs, of two and a half. */
-PK__AVX512 PK__INLINE void pk__wide_tiles(int both, size_t rows, size_t depth, const unsigned char *term,
-                                          const pk_real *a, size_t across, size_t along, const pk__panels *b,
-                                          const pk_real *beside, const pk_real *start,
-                                          const pk__tile_target *target)
+PK__AVX512 PK__INLINE void pk__wide_tiles(int both, int picked, size_t rows, size_t depth,
+                                          const unsigned char *term, const pk_real *a, size_t across,
+                                          size_t along, const pk__panels *b, const pk_real *beside,
+                                          const pk_real *start, const pk__tile_target *target)
 {
     const size_t last = rows < 4 ? 0 : rows - 4, all = pk__blocks(rows, 4);
     const size_t missing = rows < 4 ? 4 - rows : 0;
@@ -489,19 +490,19 @@ PK__AVX512 PK__INLINE void pk__wide_tiles(int both, size_t rows, size_t depth, c
             group[g].row = first - missing; /* and, where 4 rows are not there, of the first that is: modulo */
         }
         if (groups == 3 && both && group[2].skip >= 2)
-            pk__wide_tile(3, 1, 1, group, distance, depth, term, along, &own, beside, start, target);
+            pk__wide_tile(3, 1, 1, picked, group, distance, depth, term, along, &own, beside, start, target);
         else if (groups == 3)
-            pk__wide_tile(3, 0, both, group, distance, depth, term, along, &own, beside, start, target);
+            pk__wide_tile(3, 0, both, picked, group, distance, depth, term, along, &own, beside, start, target);
         else if (groups == 2)
-            pk__wide_tile(2, 0, both, group, distance, depth, term, along, &own, beside, start, target);
+            pk__wide_tile(2, 0, both, picked, group, distance, depth, term, along, &own, beside, start, target);
         else
-            pk__wide_tile(1, 0, both, group, distance, depth, term, along, &own, beside, start, target);
+            pk__wide_tile(1, 0, both, picked, group, distance, depth, term, along, &own, beside, start, target);
         own.ahead = 0;
     }
 }
 
 /* Two panels at a time, and the last one alone if their number is odd. */
-PK__AVX512 PK__INLINE void pk__wide_panels(size_t rows, size_t depth, const unsigned char *term,
+PK__AVX512 PK__INLINE void pk__wide_panels(int picked, size_t rows, size_t depth, const unsigned char *term,
                                            const pk_real *a, size_t across, size_t along, const pk__panels *b,
                                            const pk_real *start, const pk__tile_target *target)
 {
@@ -509,9 +510,10 @@ PK__AVX512 PK__INLINE void pk__wide_panels(size_t rows, size_t depth, const unsi
     pk__tile_target own = *target;
     for (size_t rest = b->count; rest > 0; rest -= pk__min(rest, 2)) {
         if (rest > 1)
-            pk__wide_tiles(1, rows, depth, term, a, across, along, &pair, pair.first + pair.apart, start, &own);
+            pk__wide_tiles(1, picked, rows, depth, term, a, across, along, &pair, pair.first + pair.apart,
+                           start, &own);
         else
-            pk__wide_tiles(0, rows, depth, term, a, across, along, &pair, NULL, start, &own);
+            pk__wide_tiles(0, picked, rows, depth, term, a, across, along, &pair, NULL, start, &own);
         pair.first += 2 * pair.apart;
         own.to += 2 * PK_PANEL;
         own.other = own.other ? own.other + 2 * own.other_apart : NULL;
@@ -522,7 +524,7 @@ PK__AVX512 static void pk__panels_avx512(size_t rows, size_t depth, const pk_rea
                                          size_t along, const pk__panels *b, const pk_real *start,
                                          const pk__tile_target *target)
 {
-    pk__wide_panels(rows, depth, NULL, a, across, along, b, start, target);
+    pk__wide_panels(0, rows, depth, NULL, a, across, along, b, start, target);
 }
 
 PK__AVX512 static void pk__picked_avx512(size_t rows, size_t terms, const unsigned char *term, const pk_real *a,
@@ -536,7 +538,7 @@ PK__AVX512 static void pk__picked_avx512(size_t rows, size_t terms, const unsign
     for (size_t first = 0; first < rows; first += AT_ONCE) {
         const pk__tile_target target = {
             overwrite ? PK__TILE_SET : PK__TILE_ADD, to + first * ld, at, NULL, NULL, 0};
-        pk__wide_panels(pk__min(AT_ONCE, rows - first), terms, term, a + first * across, across, 1, b, NULL,
+        pk__wide_panels(1, pk__min(AT_ONCE, rows - first), terms, term, a + first * across, across, 1, b, NULL,
                         &target);
     }
 }
@@ -547,7 +549,7 @@ PK__AVX512 static void pk__pair_avx512(size_t rows, size_t depth, const pk_real 
                                        const pk__tile_target *target)
 {
     const pk__panels b = {2, first, PK_PANEL, 0, 0};
-    pk__wide_tiles(1, rows, depth, NULL, a, across, along, &b, beside, NULL, target);
+    pk__wide_tiles(1, 0, rows, depth, NULL, a, across, along, &b, beside, NULL, target);
 }
 
 PK__AVX512 static void pk__picked_pair_avx512(size_t rows, size_t terms, const unsigned char *term,
@@ -555,7 +557,7 @@ PK__AVX512 static void pk__picked_pair_avx512(size_t rows, size_t terms, const u
                                               const pk_real *beside, const pk__tile_target *target)
 {
     const pk__panels b = {2, first, PK_PANEL, 0, 0};
-    pk__wide_tiles(1, rows, terms, term, a, across, 1, &b, beside, NULL, target);
+    pk__wide_tiles(1, 1, rows, terms, term, a, across, 1, &b, beside, NULL, target);
 }
 #endif
 
