@@ -82,7 +82,7 @@ static size_t pk__embedded(const pk_call *call, size_t row, size_t i)
     const double *attributes = call->node->attributes;
     const double token = call->in[0][row * call->in_width[0] + (size_t)attributes[PK_EMBEDDING_FIRST] + i] +
                          attributes[PK_EMBEDDING_OFFSET];
-    if (token + 1 == attributes[PK_EMBEDDING_PADDING])
+    if (attributes[PK_EMBEDDING_PADDING] != 0 && token + 1 == attributes[PK_EMBEDDING_PADDING])
         return SIZE_MAX;
     return token >= 0 && token < attributes[PK_EMBEDDING_TOKENS] ? (size_t)token * call->node->shape.dims[1]
                                                                  : 0;
