@@ -158,7 +158,9 @@ static const program_option decompose_options[] = {
     {"--recover", NULL, 0, PLACE(recover), parse_flag, NULL,
      "open a run whose files differ by more than a kill leaves, up to the shortest file", NULL},
     {"--tolerance", "T", 0, PLACE(options.tolerance), parse_positive, "a positive number",
-     "of closure / the row's largest contribution; default 1e-10 (built in float: 1e-3)", NULL},
+     "of closure / the row's largest contribution; default 1e-10 (built in float: 1e-3); a looser one saves most where\n"
+     "a network has kinks: the first thing to turn when a job is too long",
+     NULL},
     {"--bounds", NULL, 0, PLACE(options.bounds), parse_flag, NULL,
      "also bounds.npy (M,C,N): a bound on the error of every entry of by_example.npy", NULL},
     {"--step-closure", NULL, 0, PLACE(options.step_closure), parse_flag, NULL,
@@ -547,6 +549,67 @@ static void print_plan(task *job)
             plan.seconds_test / all, plan.seconds_contraction / all);
 }
 
+/* Steps that are tried before a job, and the least number of steps of all inputs for which that is worth it. */
+enum { TRIED_STEPS = 3, WORTH_TRYING = 500 };
+
+/* Seconds that the job takes at a tolerance, from its first input along the first steps; negative where these were not decomposed. */
+static double tried_seconds(task *job, double tolerance, const pk_real *input)
+{
+    pk_run few = job->run; /* a view: it is not released */
+    pk_decompose_options options = job->set->options;
+    pk_decomposition tried;
+    memset(options.keep, 0, sizeof options.keep);
+    options.keep[0] = PK_BY_EXAMPLE;
+    options.bounds = 0;
+    options.tolerance = tolerance;
+    if (pk_run_until(&job->context, &few, TRIED_STEPS) != PK_OK)
+        return -1;
+    /* What the closure and unattributed parts of these steps are, the job itself will tell. */
+    const pk_status status = pk_decompose(
+        &job->context, &few, pk_matrix_view((pk_real *)input, 1, few.graph.input_width), &options, &tried);
+    const int done = status == PK_OK || status == PK_NOT_CLOSED || status == PK_UNATTRIBUTED;
+    const double threads = (double)(pk_threads(&job->context) > 0 ? pk_threads(&job->context) : 1),
+                 along = tried.seconds_test + tried.seconds_sums + tried.seconds_contraction,
+                 steps = (double)job->run.steps / TRIED_STEPS;
+    const double seconds = steps * (along * (double)job->rows / fmin(threads, (double)job->rows) +
+                                    tried.seconds_examples / threads);
+    if (done)
+        pk_decomposition_release(&job->context, &tried);
+    return done ? seconds : -1;
+}
+
+/* Where a network has kinks, how many of them a step meets is not known before; so a few steps are tried: how long the job takes
+ * at its tolerance, and how long at 1e-3. */
+static void print_tried(task *job)
+{
+    const pk_decompose_options *options = &job->set->options;
+    const double own = options->tolerance > 0 ? options->tolerance : PK_TOLERANCE, loose = fmax(1e-3, PK_TOLERANCE);
+    char time[32], other[32];
+    pk_real *input = NULL;
+    if (!job->set->verbose || options->quadrature.rule != PK_RULE_AUTO || !job->run.graph.switched ||
+        options->readout.kind == PK_READOUT_LABEL || job->run.steps <= TRIED_STEPS ||
+        job->rows * job->run.steps < WORTH_TRYING)
+        return;
+    const size_t width = job->run.graph.input_width;
+    int (*const progress)(void *, const char *, double) = job->context.progress;
+    job->context.progress = NULL;
+    double seconds[2] = {-1, -1};
+    if (pk_allocate(&job->context, width, sizeof *input, "an input", &input) == PK_OK &&
+        pk_array_read(&job->context, &job->inputs, 0, width, input) == PK_OK) {
+        seconds[0] = tried_seconds(job, own, input);
+        seconds[1] = own < loose ? tried_seconds(job, loose, input) : -1;
+    }
+    pk_release(&job->context, input);
+    job->context.progress = progress;
+    if (seconds[0] >= 0)
+        fprintf(stderr, "%s: plan: tried on the first input and %d steps: about %s at --tolerance %g", program_name,
+                (int)TRIED_STEPS, duration(seconds[0], time), own);
+    if (seconds[0] >= 0 && seconds[1] >= 0)
+        fprintf(stderr, ", %s at %g", duration(seconds[1], other), loose);
+    if (seconds[0] >= 0)
+        fprintf(stderr, "\n");
+}
+
 static void print_quadrature(const task *job, const pk_decomposition *d)
 {
     const pk_quadrature *rule = &job->set->options.quadrature;
@@ -787,6 +850,7 @@ static int decompose(task *job)
     pk_status status = create_files(job);
     if (!status) {
         print_plan(job);
+        print_tried(job);
         status =
             pk_decompose_array_parts(context, &job->run, &job->inputs, &set->options, on_part, job, &summary);
         context->memory_limit = 0;

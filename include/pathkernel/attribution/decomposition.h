@@ -36,8 +36,8 @@ typedef struct pk_decompose_options {
     pk_average
         average; /* decomposes the outputs of an average of the weights, along its own path (run/average.h); zeroed: none */
     /* 0: PK_TOLERANCE. A row is closed where |closure| is at most tolerance times its largest contribution (below), or
-     * min(tolerance, PK_CLOSURE_ROUNDING) times its largest |initial| or |final|. A larger tolerance makes a decomposition
-     * cheaper. */
+     * min(tolerance, PK_CLOSURE_ROUNDING) times its largest |initial| or |final|. Cost falls with a looser one, most where the
+     * network has kinks: with one above PK_TOLERANCE these are split only where single contributions, too, need it. */
     double tolerance;
     /* The largest |unattributed| / max(1, |h|) that rounding explains. 0: PK_UNATTRIBUTED_EPSILONS roundings of the run's
      * numbers, times the root of its number of steps, but at least PK_UNATTRIBUTED_LEAST; where the largest output or

@@ -16,6 +16,10 @@
  * Depth first (one piece after the other, to its end) was rejected: where rounding makes the target unreachable, it
  * spends all halvings at the first place where this happens.
  *
+ * With a tolerance looser than the default, and in a network with kinks, each step is first tested as a whole or in halves, without a look
+ * at its kinks (docs/mathematics.md, Quadrature): the nodes have the mean slopes of their stretches (pass.h), and two rules are
+ * compared. Only what they miss goes through 1 to 5.
+ *
  * A test takes the network's values at the nodes, and the tape keeps them: the pieces that pass are handed over in the
  * order in which they passed, so that the reverse pass finds most of its values there.
  */
@@ -388,7 +392,7 @@ PK__PRIVATE void pk__adapt(pk__integrator *integrator)
 
 /* Failures one after the other that count; in whole_target, how far the mean inputs of layers may be apart, and the gap beside kinks, which
  * is more than what is missed there. */
-enum { PK__WHOLE_FAILURES = 5, PK__INPUTS_APART = 4, PK__KINKS_APART = 16 };
+enum { PK__WHOLE_FAILURES = 5, PK__INPUTS_APART = 4, PK__KINKS_APART = 12 };
 
 /* Where the stretch of node `node` of the rule with `order` nodes on [a, b] begins: the ends of the stretches divide the piece as
  * its weights do. node == order: where the last one ends. */
@@ -645,8 +649,8 @@ static int pk__halve_whole(pk__integrator *integrator)
     for (size_t i = 0; i < count; i++) {
         pk__piece *piece = &pieces->piece[i];
         const double length = piece->b - piece->a, middle = 0.5 * (piece->a + piece->b), wanted = piece->reference;
-        if (piece->accepted || piece->order || PK__WHOLE_PARTS * length < 2 ||
-            !(wanted <= pk__whole_limit(integrator, piece)))
+        const double limit = pk__whole_limit(integrator, piece);
+        if (piece->accepted || piece->order || PK__WHOLE_PARTS * length < 2 || limit < 2 || !(wanted <= limit))
             continue;
         /* a quarter of what is wanted of each half, for the first rule */
         piece->order = (unsigned char)(wanted < 16 ? 1 : wanted < 64 ? (int)(wanted / 8) : 8);
