@@ -25,16 +25,16 @@ typedef struct subject {
 static const subject subjects[] = {
     {"cnn_28x28",
      "input 1x28x28; conv 8 3x3 pad=1; relu; max_pool 2; conv 16 3x3 pad=1; relu; max_pool 2; flatten; dense 10", "sgd",
-     0.1, 5, 2, 256, 1, {4, 20, 60}},
+     0.1, 5, 2, 256, 1, {3, 20, 60}},
     {"resnet9_28x28", RESNET("28x28"), "sgd", 0.1, 5, 2, 256, 1, {4, 20, 60}},
     {"norm_cnn_28x28",
      "input 1x28x28; conv 8 3x3 pad=1; group_norm 4; relu; max_pool 2; conv 16 3x3 pad=1; group_norm 4; relu; "
      "max_pool 2; flatten; dense 10",
-     "sgd", 0.1, 5, 2, 256, 1, {4, 20, 60}},
+     "sgd", 0.1, 5, 2, 256, 1, {0, 0, 0}},
     {"transformer_28x28",
      "input 28x28; dense 32; position; residual( layer_norm; attention 4 ); residual( layer_norm; dense 128; relu; "
      "dense 32 ); mean_tokens; dense 10",
-     "sgd", 0.1, 5, 2, 256, 1, {4, 20, 60}},
+     "sgd", 0.1, 5, 2, 256, 1, {0, 0, 0}},
     {"conv_relu_8x8",
      "input 1x8x8; conv 8 3x3 pad=1; relu; max_pool 2; conv 16 3x3 pad=1; relu; flatten; dense 10", "sgd", 0.2, 40, 8,
      512, 0, {0, 0, 0}},

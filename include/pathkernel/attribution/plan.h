@@ -224,7 +224,7 @@ static const double pk__usual_points = 5;       /* a typical number of quadratur
 
 /* The error that a step may have whose kinks are not looked for, as a part of the tolerance: single contributions differ by more
  * than their sum, which is what is measured. */
-#define PK__WHOLE_PART (1.0 / 12)
+#define PK__WHOLE_PART (1.0 / 32)
 
 /* How much longer a number of equal tasks takes than if they were spread evenly over the threads. */
 static double pk__idle(size_t tasks, size_t threads)

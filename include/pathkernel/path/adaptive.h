@@ -392,7 +392,7 @@ PK__PRIVATE void pk__adapt(pk__integrator *integrator)
 
 /* Failures one after the other that count; in whole_target, how far the mean inputs of layers may be apart, and the gap beside kinks, which
  * is more than what is missed there. */
-enum { PK__WHOLE_FAILURES = 5, PK__INPUTS_APART = 4, PK__KINKS_APART = 12 };
+enum { PK__WHOLE_FAILURES = 5, PK__INPUTS_APART = 12, PK__KINKS_APART = 32 };
 
 /* Where the stretch of node `node` of the rule with `order` nodes on [a, b] begins: the ends of the stretches divide the piece as
  * its weights do. node == order: where the last one ends. */
