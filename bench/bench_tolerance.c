@@ -25,7 +25,7 @@ typedef struct subject {
 static const subject subjects[] = {
     {"cnn_28x28",
      "input 1x28x28; conv 8 3x3 pad=1; relu; max_pool 2; conv 16 3x3 pad=1; relu; max_pool 2; flatten; dense 10", "sgd",
-     0.1, 5, 2, 256, 1, {3, 20, 60}},
+     0.1, 5, 2, 256, 1, {1.5, 20, 60}},
     {"resnet9_28x28", RESNET("28x28"), "sgd", 0.1, 5, 2, 256, 1, {3, 20, 60}},
     {"norm_cnn_28x28",
      "input 1x28x28; conv 8 3x3 pad=1; group_norm 4; relu; max_pool 2; conv 16 3x3 pad=1; group_norm 4; relu; "
