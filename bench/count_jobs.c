@@ -8,6 +8,7 @@
  * that the contraction says it does, and the most memory that the library held; 0 where a job has none.
  */
 #include "bench_run.h"
+#include "pathkernel/kernels/kernel.h"
 
 enum { FOLDER = 600, PARSED_STEPS = 20 };
 
@@ -132,6 +133,37 @@ static pk_status decompose(state *s)
     return status;
 }
 
+/* ---- kernels --------------------------------------------------------------------------------------------- */
+
+/* Those at a step, along steps and of the losses, of all test rows with all training rows of the run, in one pass. */
+static pk_status compute_kernels(state *s)
+{
+    enum { KERNELS = 6 };
+    const size_t rows = s->job->run.rows, N = s->run.examples, C = s->run.outputs, final = s->run.steps;
+    const size_t shape[2] = {rows, SIDE * SIDE};
+    const pk_kernel_options options[KERNELS] = {
+        {.kind = PK_KERNEL_NTK, .outputs = PK_OUTPUTS_TRACE, .steps = &final, .step_count = 1},
+        {.kind = PK_KERNEL_NTK, .outputs = PK_OUTPUTS_FULL},
+        {.kind = PK_KERNEL_PATH, .outputs = PK_OUTPUTS_TRACE},
+        {.kind = PK_KERNEL_EPK, .outputs = PK_OUTPUTS_SUM},
+        {.kind = PK_KERNEL_CONJUGATE},
+        {.kind = PK_KERNEL_TRACIN, .left_train = 1}};
+    double *grams[KERNELS] = {NULL};
+    pk_status status = PK_OK;
+    pk_dataset data;
+    memset(&data, 0, sizeof data);
+    data.inputs =
+        pk_array_view(sizeof(pk_real) == sizeof(float) ? PK_FLOAT32 : PK_FLOAT64, 2, shape, s->inputs);
+    for (int k = 0; k < KERNELS && !status; k++)
+        status = pk_allocate(&s->context, (k == 5 ? N : rows) * N * (k == 1 ? C * C : 1), sizeof(double),
+                             "kernels", &grams[k]);
+    if (!status)
+        status = pk_kernels(&s->counting, &s->run, &data, NULL, KERNELS, options, grams, NULL);
+    for (int k = 0; k < KERNELS; k++)
+        pk_release(&s->context, grams[k]);
+    return status;
+}
+
 /* ---- the list --------------------------------------------------------------------------------------------- */
 
 #define MLP(activation) "input 64; dense 32; " activation "; dense 32; " activation "; dense 10"
@@ -154,6 +186,8 @@ static const counted_job jobs[] = {
     {{"decompose_sequence", SEQUENCE, "sgd momentum=0.9", 0.05, 3, 32, 96, 2, 0},
      prepare_decomposition,
      decompose},
+    {{"kernels_tanh", MLP("tanh"), "sgd", 0.5, 3, 0, 64, 16, 0}, prepare_decomposition, compute_kernels},
+    {{"kernels_relu", MLP("relu"), "sgd", 0.5, 3, 0, 64, 16, 0}, prepare_decomposition, compute_kernels},
 };
 
 /* What is counted: a function of its own, for valgrind to find. */
