@@ -383,10 +383,22 @@ static void test_definition(void **state)
     static const pk_kernel_kind kinds[] = {PK_KERNEL_NTK, PK_KERNEL_PATH,      PK_KERNEL_PATH_AVERAGE,
                                            PK_KERNEL_EPK, PK_KERNEL_LOSS_PATH, PK_KERNEL_TRACIN};
     static const size_t some[] = {2, 0, 3}, twice[] = {1, 3, 1};
+    /* Then four of them with parameter groups, one of which is frozen, recorded in single precision where all steps are kept. */
+    static const char *const groups[] = {"0 rate=0.5", "1 frozen", "3 weight_decay=0.1"};
+    static const int again[] = {0, 6, 7, 8};
     double all = 0;
-    for (int j = 0; j < JOBS; j++) {
+    for (int number = 0; number < JOBS + 4; number++) {
+        const int j = number < JOBS ? number : again[number - JOBS];
         trained t;
-        trained_make(&jobs[j].recipe, &t);
+        const trained_more grouped = {
+            .groups = groups, .group_count = 3, .float32 = !jobs[j].recipe.keep_every};
+        if (number < JOBS)
+            trained_make(&jobs[j].recipe, &t);
+        else
+            trained_make_with(&jobs[j].recipe, &grouped, &t);
+        assert_true(number < JOBS ||
+                    (t.run.groups.count == 3 &&
+                     (jobs[j].recipe.keep_every ? t.run.keep_every > 1 : t.run.weights.type == PK_FLOAT32)));
         double worst = 0;
         for (int kind = 0; kind < 6; kind++)
             for (int sides = 0; sides < 4; sides++)
