@@ -2288,6 +2288,10 @@ PK__END_C
  * Depth first (one piece after the other, to its end) was rejected: where rounding makes the target unreachable, it
  * spends all halvings at the first place where this happens.
  *
+ * With a tolerance looser than the default, and in a network with kinks, each step is first tested as a whole or in halves, without a look
+ * at its kinks (docs/mathematics.md, Quadrature): the nodes have the mean slopes of their stretches (pass.h), and two rules are
+ * compared. Only what they miss goes through 1 to 5.
+ *
  * A test takes the network's values at the nodes, and the tape keeps them: the pieces that pass are handed over in the
  * order in which they passed, so that the reverse pass finds most of its values there.
  */
@@ -2312,6 +2316,22 @@ PK__END_C
  * test at the points that are handed over (path.h finds them there).
  */
 
+/* pathkernel/features/cost.h: what an inner product of two gradients costs in each of its forms, in flops, from sizes alone. Every
+ * choice between forms asks here: those of the decomposition (factors.h, layers.h) and those of Gram matrices (gram.h).
+ *
+ * A layer that is used at Q places has, for a row at one point of a step, the gradient sum_q d_q (x) a_q of each output; a
+ * product of two of them is sum_qr (a_q . a_r + 1) (d_q . d_r). It is computed
+ *   - factored: pair by pair of places, the products of inputs once for all outputs;
+ *   - by rows: both gradients are formed, and multiplied number by number;
+ *   - on the left: the left gradient is formed, summed over the points, and multiplied with the right one's factors;
+ *   - outside: of the layer below the last one the left d_k = slope o (W + t D)^T seed_k: the sums over points of slopes and of t
+ *     slopes are multiplied with W and D, so that outputs cost once a row;
+ *   - by slopes: as outside, but both sides' outputs are the same and the products of equal outputs are summed: sum_k d_k .
+ *     d'_k = slope . (sum_k W_k o W'_k o slope'), in which the outputs cost nothing.
+ * A number of a tile that is multiplied with another one instead of being stored counts as PK__HADAMARD flops. It is measured, as
+ * is that a gradient costs twice its flops to form, since it goes through memory.
+ */
+
 /* pathkernel/features/factors.h: the train side of every kernel: the loss gradients of a batch's examples, factored layer by
  * layer and stored in panels, as the products with the test side want them.
  */
@@ -2331,6 +2351,12 @@ PK__END_C
  * are taken one by one, or, where that costs fewer flops, the layer's gradients are formed; those of normalizations and
  * embeddings are. Where layers share tensors, the gradients of the parameters themselves are formed, since the uses of
  * a tensor meet each other in the product.
+ *
+ * With unit seeds and the sum over equal outputs, the layer below the last one, d_k = slope o W^T seed_k, is
+ *     (a_i . a_j + 1) sum_h slope_ih slope_jh sum_k (W^T seed_k)_h^2,
+ * in which outputs cost nothing. A request may be a sum over nodes, weights at which rows are taken: what does not depend on the
+ * node is multiplied once, and where one factor alone does, the sum over nodes is part of its product. What a form costs
+ * tells cost.h.
  *
  * Rows go through the network in blocks, and their factors are kept: all rows' where the memory limit allows it (without
  * a limit, up to a GiB), else the blocks of one side are computed again for each large block of the other. Blocks and
@@ -2464,8 +2490,8 @@ typedef struct pk_decompose_options {
     pk_average
         average; /* decomposes the outputs of an average of the weights, along its own path (run/average.h); zeroed: none */
     /* 0: PK_TOLERANCE. A row is closed where |closure| is at most tolerance times its largest contribution (below), or
-     * min(tolerance, PK_CLOSURE_ROUNDING) times its largest |initial| or |final|. A larger tolerance makes a decomposition
-     * cheaper. */
+     * min(tolerance, PK_CLOSURE_ROUNDING) times its largest |initial| or |final|. Cost falls with a looser one, most where the
+     * network has kinks: with one above PK_TOLERANCE these are split only where single contributions, too, need it. */
     double tolerance;
     /* The largest |unattributed| / max(1, |h|) that rounding explains. 0: PK_UNATTRIBUTED_EPSILONS roundings of the run's
      * numbers, times the root of its number of steps, but at least PK_UNATTRIBUTED_LEAST; where the largest output or
@@ -3062,19 +3088,34 @@ PK__END_C
  *
  *     G = integral_0^1 < L(t), R(t) > dt,        each side at w + t D (it moves) or at w
  *
- * Fixed rules take common values of t. The rule auto is
- * 1. where no kink depends on the weights and no activation moves far (pieces.h): Gauss-Legendre with n and n + 1 nodes, common
- *    to all rows, until the whole matrix agrees; n begins with that of the step before. Where more nodes help too little, the
- *    piece is halved. Where the network and the loss are polynomials, their degree gives n.
- * 2. where there are kinks, of the network or of a loss, or where an activation moves far: each row has pieces of its own, between its own kinks (path/kinks.h), with n Gauss nodes each.
- *    On a piece the gradients are polynomials in t of known degree, so that their values at n nodes determine them:
+ * Nodes that are common to all rows cost one call of gram.h: of a layer, with weights b_q,
+ *     sum_q b_q (a_q . a'_q + 1) sum_k d_qk . d'_qk.
+ * Inputs that are data are multiplied once, and sum_q goes into the product of cotangents, whose terms are then nodes, outputs
+ * and units; of the last layer, whose cotangents do not depend on the row, it goes into that of the inputs. A trace needs the
+ * outputs of the layer below the last one only as sum_k W_kh(t) W_kh(t), once for all rows. What is left for n nodes is n
+ * products of the layers between. All outputs with all (full) are C^2 numbers a pair of rows, each a sum over the units of a
+ * layer: at least 2 C^2 units flops a node and layer, C times those of a decomposition.
+ *
+ * Fixed rules take common nodes. The rule auto is
+ * 1. where no kink depends on the weights and no activation moves far (pieces.h): Gauss-Legendre with n nodes. All pairs of rows are compared with n + 1 nodes in the
+ *    first step and then in each PK__ALONG_SINCE-th; between these a few rows are (that with the largest inputs, the worst of
+ *    the last whole comparison, and others from step to step), and have to be PK__ALONG_SPARE times as exact. n begins with that
+ *    of the step before. Where more nodes help too little, the piece is halved. Where the network and the loss are polynomials,
+ *    their degree gives n. Where the network and the loss are
+ *    polynomials, their degree gives n.
+ * 2. where there are kinks, of the network or of a loss, or where an activation moves far: rows that have none in the step are integrated with each other as in 1, or, where the network is
+ *    piecewise linear, with the n nodes that are exact. Rows with kinks have pieces of their own, between their own kinks
+ *    (path/kinks.h), with n Gauss nodes each. On a piece the gradients are polynomials in t of known degree, so that their values
+ *    at n nodes determine them:
  *        integral < L, R > dt = sum_{u, v} W_uv < L(t_u), R(t_v) >,   W_uv = integral over both pieces of the Lagrange
  *                                                                    polynomials of u and v.
- *    So rows with different kinks meet exactly, and each row goes through the network at its own nodes alone. n follows from
- *    the degree where the network is piecewise linear; else n and n + 1 are compared, and all pieces are halved where
- *    more nodes help too little. The integral of df/dt of each row against the change of f shows a kink that was missed.
+ *    So rows with different kinks meet exactly, n^2 products for each two pieces; a row goes through the network at its own
+ *    nodes, or, without kinks, at the n common ones. n follows from the degree where the network is piecewise linear; else n
+ *    and n + 1 are compared as in 1, where each row with kinks meets a few others, and all pieces are halved where more nodes
+ *    help too little. The integral of df/dt of each row against the change of f shows a kink that was missed.
  * Rejected: the union of all rows' kinks as common pieces costs each row the kinks of all others; halving until a kink is
- * closed in on costs about 33 matrices a kink.
+ * closed in on costs about 33 matrices a kink; interpolating rows without kinks at the nodes of one with kinks costs as many
+ * products as the Lagrange polynomials.
  */
 
 /* pathkernel/kernels/kernel.h: Gram matrices of the named kernels (family.h) of a recorded run, and of the tangent kernel at given
@@ -3789,6 +3830,29 @@ PK__INTERNAL int pk__integrator_next(pk__integrator *integrator, const pk__point
 /* h at both ends of the step of every row, after its last batch: rows x 2 x readouts numbers, until the next step. */
 PK__INTERNAL const pk_real *pk__integrator_ends(pk__integrator *integrator);
 
+/* pathkernel/features/cost.h: internals */
+typedef enum pk__product_form {
+    PK__PRODUCT_FACTORED,
+    PK__PRODUCT_BY_ROWS,
+    PK__PRODUCT_ON_THE_LEFT,
+    PK__PRODUCT_OUTSIDE,
+    PK__PRODUCT_BY_SLOPES
+} pk__product_form;
+
+/* Of one row on the left, and one on the right. */
+typedef struct pk__product_sizes {
+    double left, right; /* outputs, all of which meet all of the other side */
+    double summed;      /* outputs of which only equal ones meet, and are summed; else 1 */
+    double points;      /* of a step, that the left row is taken at; the right one has one */
+    double terms;       /* by slopes: 2 where W is at a t of its own for each row, else 1 */
+    double
+        formed; /* gradients that are formed for each pair of rows: 1 / rows + 1 / columns, or one of these */
+} pk__product_sizes;
+
+/* Flops for each pair of rows. */
+PK__INTERNAL double pk__product_flops(pk__product_form form, const pk_node *node,
+                                      const pk__product_sizes *sizes);
+
 /* pathkernel/features/factors.h: internals */
 /* What decides how the gradients of a layer that is used at several places (a convolution, a dense layer on tokens) are
  * represented: as one outer product for each place, or materialized number by number ("by rows"). */
@@ -3801,8 +3865,7 @@ typedef struct pk__representation {
 } pk__representation;
 
 /* 1: gradients of the examples are materialized for the node's weights. Where Phi is, too, that costs fewest flops, as
- * long as a step's gradients fit into 256 MiB; else by flops a row and step with five points, where a Hadamard product
- * of one number counts as 8. */
+ * long as a step's gradients fit into 256 MiB; else by flops (cost.h) with five points a step. */
 PK__INTERNAL int pk__layer_by_rows(const pk__representation *representation, const pk_node *node);
 
 /* Factors of c_i grad l_i for the examples of a batch, in panels of PK_PANEL examples: feature j of batch position b is
@@ -3887,9 +3950,10 @@ typedef struct pk__gram_request {
     const pk_graph *graph;
     const pk_criterion *criterion; /* PK__SEEDS_LOSS */
     int summed;                    /* PK__SEEDS_UNITS: 1: the sum over equal outputs; 0: all outputs with all */
-    int by_layer;     /* result holds a matrix for each of graph->columns layers, one behind the other */
-    size_t nodes;     /* the result is a sum over so many nodes, with weights node_weight; 0: one, with weight 1 */
+    int by_layer; /* result holds a matrix for each of graph->columns layers, one behind the other */
+    size_t nodes; /* the result is a sum over so many nodes, with weights node_weight; 0: one, with weight 1 */
     const double *node_weight;
+    int apart;        /* result holds the matrices of the nodes, one behind the other, instead of their sum */
     pk_matrix result; /* rows x columns, each times C where all outputs are there */
 } pk__gram_request;
 
@@ -4211,13 +4275,29 @@ typedef struct pk__along {
     double error;           /* of the last integral: the largest difference of an entry */
     size_t points, refused; /* counted: values of t, or points of rows; pieces accepted although they missed */
     /* Private: */
-    size_t numbers;
+    size_t numbers, together; /* together: nodes of one matrix product */
     pk_real *at, *part, *spread;
     double *coarse, *fine, *nodes, *weights;
     double scale;
+    double *some;    /* of the rows without kinks */
+    size_t worst[2]; /* row and column of the largest difference */
     size_t halvings;
+    struct pk__along_few { /* of a side: rows that stand for all */
+        pk_real *rows, *targets;
+        int64_t *labels;
+        pk__gram_rows_of of;
+    } few[2];
     void *memory;
 } pk__along;
+
+/* What is known from the step before, of the same rows: all 0 at first. */
+typedef struct pk__along_order {
+    struct pk__along_smooth {
+        unsigned char nodes; /* of a piece */
+        unsigned char since; /* steps in which only a few rows were compared with a rule of one node more */
+        size_t worst[2];     /* the row and the column that differed most when all were, in their sides */
+    } smooth, kinked;        /* of rows without kinks, or of all; of pairs of which one has kinks */
+} pk__along_order;
 
 enum { PK__ALONG_NODES = 1000 };
 
@@ -4227,10 +4307,10 @@ PK__INTERNAL void pk__along_release(pk__along *along);
 /* Computes the direction of a step, after w and next are set. */
 PK__INTERNAL void pk__along_begin(pk__along *along);
 /* result = G of the rows; right == NULL: left with itself. Rows have their seeds, labels and targets, no weights. moves:
- * whether left and right move. *order (0 at first) is that of the last step of these rows. */
+ * whether left and right move. */
 PK__INTERNAL pk_status pk__along_integrate(pk__along *along, const pk__gram_rows_of *left,
                                            const pk__gram_rows_of *right, const int moves[2],
-                                           unsigned char *order, double *result);
+                                           pk__along_order *order, double *result);
 
 /* pathkernel/kernels/kernel.h: internals */
 /* Part of a Gram matrix: rows and columns. */
@@ -5283,17 +5363,18 @@ typedef struct pk__group {
     }
 #define PK__WIDE_GROUPS(X) PK__WIDE_EACH(X, 0) PK__WIDE_EACH(X, 1) PK__WIDE_EACH(X, 2)
 /* halved: only the last two rows of the last group are computed. both: two panels, the second one next to the first in b.
- * term: the numbers of the terms to add, or NULL for all. */
-PK__AVX512 PK__INLINE void pk__wide_tile(size_t groups, int halved, int both, const pk__group *group,
-                                         const size_t *distance, size_t depth, const unsigned char *term,
-                                         size_t along, const pk__panels *b, const pk_real *beside,
-                                         const pk_real *start, const pk__tile_target *target)
+ * picked: the terms to add are those that term lists, and the target is set or added to. */
+PK__AVX512 PK__INLINE void pk__wide_tile(size_t groups, int halved, int both, int picked,
+                                         const pk__group *group, const size_t *distance, size_t depth,
+                                         const unsigned char *term, size_t along, const pk__panels *b,
+                                         const pk_real *beside, const pk_real *start,
+                                         const pk__tile_target *target)
 {
     typedef pk__whole_vector vector;
     const vector zero = {0};
     const size_t distance0 = 0, distance1 = distance[1], distance2 = distance[2], distance3 = distance[3];
     const size_t step = b->step, ahead = b->ahead;
-    const int fetching = groups > 1 && !term;
+    const int fetching = groups > 1 && !picked;
     const pk_real *panel = b->first;
     PK__WIDE_TAKE(0)
     PK__WIDE_TAKE(1)
@@ -5303,7 +5384,7 @@ PK__AVX512 PK__INLINE void pk__wide_tile(size_t groups, int halved, int both, co
     }
     PK__UNROLL
     for (size_t p = 0; p < depth; p++) {
-        const size_t q = term ? term[p] : p, at = q * along;
+        const size_t q = picked ? term[p] : p, at = q * along;
         if (fetching) {
             __builtin_prefetch(panel + q * step + ahead);
             if (both)
@@ -5315,7 +5396,7 @@ PK__AVX512 PK__INLINE void pk__wide_tile(size_t groups, int halved, int both, co
     }
     if (target->form == PK__TILE_SET) {
         PK__WIDE_GROUPS(PK__WIDE_SETS)
-    } else if (target->form == PK__TILE_ADD) {
+    } else if (picked || target->form == PK__TILE_ADD) {
         PK__WIDE_GROUPS(PK__WIDE_ADDS)
     } else if (target->form == PK__TILE_DOT) {
         vector *to = (vector *)target->to;
@@ -5330,10 +5411,10 @@ PK__AVX512 PK__INLINE void pk__wide_tile(size_t groups, int halved, int both, co
 }
 
 /* Tiles of two groups of rows, or of three; and, for networks of ten outputs, of two and a half. */
-PK__AVX512 PK__INLINE void pk__wide_tiles(int both, size_t rows, size_t depth, const unsigned char *term,
-                                          const pk_real *a, size_t across, size_t along, const pk__panels *b,
-                                          const pk_real *beside, const pk_real *start,
-                                          const pk__tile_target *target)
+PK__AVX512 PK__INLINE void pk__wide_tiles(int both, int picked, size_t rows, size_t depth,
+                                          const unsigned char *term, const pk_real *a, size_t across,
+                                          size_t along, const pk__panels *b, const pk_real *beside,
+                                          const pk_real *start, const pk__tile_target *target)
 {
     const size_t last = rows < 4 ? 0 : rows - 4, all = pk__blocks(rows, 4);
     const size_t missing = rows < 4 ? 4 - rows : 0;
@@ -5352,19 +5433,19 @@ PK__AVX512 PK__INLINE void pk__wide_tiles(int both, size_t rows, size_t depth, c
             group[g].row = first - missing; /* and, where 4 rows are not there, of the first that is: modulo */
         }
         if (groups == 3 && both && group[2].skip >= 2)
-            pk__wide_tile(3, 1, 1, group, distance, depth, term, along, &own, beside, start, target);
+            pk__wide_tile(3, 1, 1, picked, group, distance, depth, term, along, &own, beside, start, target);
         else if (groups == 3)
-            pk__wide_tile(3, 0, both, group, distance, depth, term, along, &own, beside, start, target);
+            pk__wide_tile(3, 0, both, picked, group, distance, depth, term, along, &own, beside, start, target);
         else if (groups == 2)
-            pk__wide_tile(2, 0, both, group, distance, depth, term, along, &own, beside, start, target);
+            pk__wide_tile(2, 0, both, picked, group, distance, depth, term, along, &own, beside, start, target);
         else
-            pk__wide_tile(1, 0, both, group, distance, depth, term, along, &own, beside, start, target);
+            pk__wide_tile(1, 0, both, picked, group, distance, depth, term, along, &own, beside, start, target);
         own.ahead = 0;
     }
 }
 
 /* Two panels at a time, and the last one alone if their number is odd. */
-PK__AVX512 PK__INLINE void pk__wide_panels(size_t rows, size_t depth, const unsigned char *term,
+PK__AVX512 PK__INLINE void pk__wide_panels(int picked, size_t rows, size_t depth, const unsigned char *term,
                                            const pk_real *a, size_t across, size_t along, const pk__panels *b,
                                            const pk_real *start, const pk__tile_target *target)
 {
@@ -5372,9 +5453,10 @@ PK__AVX512 PK__INLINE void pk__wide_panels(size_t rows, size_t depth, const unsi
     pk__tile_target own = *target;
     for (size_t rest = b->count; rest > 0; rest -= pk__min(rest, 2)) {
         if (rest > 1)
-            pk__wide_tiles(1, rows, depth, term, a, across, along, &pair, pair.first + pair.apart, start, &own);
+            pk__wide_tiles(1, picked, rows, depth, term, a, across, along, &pair, pair.first + pair.apart,
+                           start, &own);
         else
-            pk__wide_tiles(0, rows, depth, term, a, across, along, &pair, NULL, start, &own);
+            pk__wide_tiles(0, picked, rows, depth, term, a, across, along, &pair, NULL, start, &own);
         pair.first += 2 * pair.apart;
         own.to += 2 * PK_PANEL;
         own.other = own.other ? own.other + 2 * own.other_apart : NULL;
@@ -5385,7 +5467,7 @@ PK__AVX512 static void pk__panels_avx512(size_t rows, size_t depth, const pk_rea
                                          size_t along, const pk__panels *b, const pk_real *start,
                                          const pk__tile_target *target)
 {
-    pk__wide_panels(rows, depth, NULL, a, across, along, b, start, target);
+    pk__wide_panels(0, rows, depth, NULL, a, across, along, b, start, target);
 }
 
 PK__AVX512 static void pk__picked_avx512(size_t rows, size_t terms, const unsigned char *term, const pk_real *a,
@@ -5399,7 +5481,7 @@ PK__AVX512 static void pk__picked_avx512(size_t rows, size_t terms, const unsign
     for (size_t first = 0; first < rows; first += AT_ONCE) {
         const pk__tile_target target = {
             overwrite ? PK__TILE_SET : PK__TILE_ADD, to + first * ld, at, NULL, NULL, 0};
-        pk__wide_panels(pk__min(AT_ONCE, rows - first), terms, term, a + first * across, across, 1, b, NULL,
+        pk__wide_panels(1, pk__min(AT_ONCE, rows - first), terms, term, a + first * across, across, 1, b, NULL,
                         &target);
     }
 }
@@ -5410,7 +5492,7 @@ PK__AVX512 static void pk__pair_avx512(size_t rows, size_t depth, const pk_real 
                                        const pk__tile_target *target)
 {
     const pk__panels b = {2, first, PK_PANEL, 0, 0};
-    pk__wide_tiles(1, rows, depth, NULL, a, across, along, &b, beside, NULL, target);
+    pk__wide_tiles(1, 0, rows, depth, NULL, a, across, along, &b, beside, NULL, target);
 }
 
 PK__AVX512 static void pk__picked_pair_avx512(size_t rows, size_t terms, const unsigned char *term,
@@ -5418,7 +5500,7 @@ PK__AVX512 static void pk__picked_pair_avx512(size_t rows, size_t terms, const u
                                               const pk_real *beside, const pk__tile_target *target)
 {
     const pk__panels b = {2, first, PK_PANEL, 0, 0};
-    pk__wide_tiles(1, rows, terms, term, a, across, 1, &b, beside, NULL, target);
+    pk__wide_tiles(1, 1, rows, terms, term, a, across, 1, &b, beside, NULL, target);
 }
 #endif
 
@@ -6173,6 +6255,56 @@ static void pk__blis_product(int transpose_a, int transpose_b, size_t m, size_t 
 #endif
 }
 #endif
+
+/* C (m x n) = beta C + alpha A B, with number l of row i of A at i down + l along: four rows at a time, in registers.
+ * For matrices that are too small for a product which packs them. */
+#define PK__DEFINE_SMALL(suffix, attributes, vectors)                                                        \
+    attributes static void pk__small_##suffix(size_t m, size_t n, size_t k, pk_real alpha, const pk_real *a, \
+                                              size_t down, size_t along, const pk_real *b, size_t ldb,       \
+                                              pk_real beta, pk_real *c, size_t ldc)                          \
+    {                                                                                                        \
+        typedef vectors vector;                                                                              \
+        enum { lanes = (int)(sizeof(vector) / sizeof(pk_real)), ROWS = 4 };                                  \
+        const vector zero = {0};                                                                             \
+        for (size_t i = 0; i < m; i += ROWS) {                                                               \
+            const size_t rows = m - i < ROWS ? m - i : ROWS;                                                 \
+            const pk_real *r0 = a + i * down, *r1 = r0 + (rows > 1 ? down : 0),                              \
+                          *r2 = r1 + (rows > 2 ? down : 0), *r3 = r2 + (rows > 3 ? down : 0);                \
+            size_t j = 0;                                                                                    \
+            for (; j + lanes <= n; j += lanes) {                                                             \
+                vector sums[ROWS] = {zero, zero, zero, zero};                                                \
+                for (size_t l = 0; l < k; l++) {                                                             \
+                    const vector other = *(const vector *)(b + l * ldb + j);                                 \
+                    sums[0] = PK__ADD_##suffix(sums[0], (r0[l * along] - zero), other);                      \
+                    sums[1] = PK__ADD_##suffix(sums[1], (r1[l * along] - zero), other);                      \
+                    sums[2] = PK__ADD_##suffix(sums[2], (r2[l * along] - zero), other);                      \
+                    sums[3] = PK__ADD_##suffix(sums[3], (r3[l * along] - zero), other);                      \
+                }                                                                                            \
+                for (size_t r = 0; r < rows; r++) {                                                          \
+                    vector *to = (vector *)(c + (i + r) * ldc + j);                                          \
+                    if (beta == 0)                                                                           \
+                        *to = alpha * sums[r];                                                               \
+                    else                                                                                     \
+                        *to = beta * *to + alpha * sums[r];                                                  \
+                }                                                                                            \
+            }                                                                                                \
+            for (; j < n; j++)                                                                               \
+                for (size_t r = 0; r < rows; r++) {                                                          \
+                    pk_real *to = c + (i + r) * ldc + j, sum = 0;                                            \
+                    for (size_t l = 0; l < k; l++)                                                           \
+                        sum += a[(i + r) * down + l * along] * b[l * ldb + j];                               \
+                    *to = alpha * sum + (beta == 0 ? 0 : beta * *to);                                        \
+                }                                                                                            \
+        }                                                                                                    \
+    }
+PK__FOR_PROCESSORS(PK__DEFINE_SMALL)
+
+PK__PRIVATE void pk__small_product(size_t m, size_t n, size_t k, pk_real alpha, const pk_real *a, size_t down,
+                                   size_t along, const pk_real *b, size_t ldb, pk_real beta, pk_real *c,
+                                   size_t ldc)
+{
+    PK__ON_PROCESSOR(pk__small, (m, n, k, alpha, a, down, along, b, ldb, beta, c, ldc));
+}
 
 /* C := beta C + alpha op(A) op(B), row-major, unchecked, one thread, no allocation of ours; any of m, n and k
  * may be 0. With alpha == 0, A and B are not read. */
@@ -9572,6 +9704,7 @@ PK__BEGIN_CODE
 
 enum {
     PK__MANY_POSITIONS = 16,
+    PK__FEW_POSITIONS = 64,    /* a sum of so many outer products needs no packing */
     PK__MANY_COTANGENTS = 8,   /* of a row of the line, for a layer's weights, */
     PK__FEW_WEIGHTS = 1 << 14, /* that stay in the cache: so many at most */
     PK__TRANSPOSED = 1 << 16   /* parameters of a network whose matrices are transposed */
@@ -9818,6 +9951,9 @@ PK__PRIVATE void pk__node_row_gradients(const pk_call *call)
                 for (size_t j = 0; j < out; j++)
                     for (size_t k = 0; k < in; k++)
                         gradient[j * in + k] = delta[j] * places[k];
+            else if (positions <= (size_t)PK__FEW_POSITIONS)
+                pk__small_product(out, in, positions, 1, delta, first ? positions : 1, first ? 1 : out, places,
+                                  in, 0, gradient, in);
             else
                 pk__gemm(!first, 0, out, in, positions, 1, delta, first ? positions : out, places, in, 0,
                          gradient, in);
@@ -13366,7 +13502,7 @@ static size_t pk__embedded(const pk_call *call, size_t row, size_t i)
     const double *attributes = call->node->attributes;
     const double token = call->in[0][row * call->in_width[0] + (size_t)attributes[PK_EMBEDDING_FIRST] + i] +
                          attributes[PK_EMBEDDING_OFFSET];
-    if (token + 1 == attributes[PK_EMBEDDING_PADDING])
+    if (attributes[PK_EMBEDDING_PADDING] != 0 && token + 1 == attributes[PK_EMBEDDING_PADDING])
         return SIZE_MAX;
     return token >= 0 && token < attributes[PK_EMBEDDING_TOKENS] ? (size_t)token * call->node->shape.dims[1]
                                                                  : 0;
@@ -13549,11 +13685,11 @@ static pk_status pk__attend_shape(pk_context *context, const pk_graph *graph, pk
     return PK_OK;
 }
 
-/* P and, for the derivatives, three more matrices of one head of one row. */
+/* P and, for the derivatives, three more matrices of one head of one row; then a slice of a head, transposed. */
 static size_t pk__attend_scratch(const pk_node *node, size_t rows, size_t copies)
 {
     (void)rows, (void)copies;
-    return 4 * node->shape.dims[0] * node->shape.dims[0];
+    return node->shape.dims[0] * (4 * node->shape.dims[0] + node->shape.dims[1]);
 }
 
 /* The sizes, and where a head's queries, keys and values start in a row. */
@@ -13563,10 +13699,12 @@ typedef struct pk__heads {
     size_t key, value;           /* the query is at 0 */
     pk_real scale;
     int causal, shared;
+    pk_real *turned; /* depth x tokens, room */
 } pk__heads;
 
-static pk__heads pk__attend_heads(const pk_node *node)
+static pk__heads pk__attend_heads(const pk_call *call)
 {
+    const pk_node *node = call->node;
     pk__heads h;
     h.heads = (size_t)node->attributes[PK_ATTEND_HEADS];
     h.causal = node->attributes[PK_ATTEND_CAUSAL] != 0;
@@ -13578,49 +13716,37 @@ static pk__heads pk__attend_heads(const pk_node *node)
     h.key = h.shared ? 0 : h.out;
     h.value = 2 * h.key;
     h.scale = (pk_real)(1 / sqrt((double)h.depth));
+    h.turned = call->scratch + 4 * h.tokens * h.tokens;
     return h;
 }
 
-/* C := beta C + alpha op(A) B, or op(A) B^T where A is not transposed. Heads of a few short tokens are too
- * small for a library's product. */
-static void pk__attend_product(int transpose_a, int transpose_b, size_t m, size_t n, size_t k, pk_real alpha,
-                               const pk_real *a, size_t lda, const pk_real *b, size_t ldb, pk_real beta,
-                               pk_real *c, size_t ldc)
+/* C := beta C + alpha op(A) B. Heads of a few short tokens are too small for a library's product. */
+static void pk__attend_product(int transpose_a, size_t m, size_t n, size_t k, pk_real alpha, const pk_real *a,
+                               size_t lda, const pk_real *b, size_t ldb, pk_real beta, pk_real *c, size_t ldc)
 {
     if (m * n * k > 8192) {
-        pk__gemm(transpose_a, transpose_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+        pk__gemm(transpose_a, 0, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
         return;
     }
     const size_t down = transpose_a ? 1 : lda, along = transpose_a ? lda : 1;
-    for (size_t i = 0; i < m; i++, a += down, c += ldc) {
-        if (transpose_b) {
-            for (size_t j = 0; j < n; j++)
-                c[j] = (beta == 0 ? 0 : beta * c[j]) + alpha * (pk_real)pk__sum_products(k, a, b + j * ldb);
-            continue;
-        }
-        if (beta != 1)
-            for (size_t j = 0; j < n; j++)
-                c[j] = beta == 0 ? 0 : beta * c[j];
-        for (size_t l = 0; l < k; l++) {
-            const pk_real factor = alpha * a[l * along], *row = b + l * ldb;
-            for (size_t j = 0; j < n; j++)
-                c[j] += factor * row[j];
-        }
-    }
+    pk__small_product(m, n, k, alpha, a, down, along, b, ldb, beta, c, ldc);
 }
 
 /* tokens x tokens = beta to + alpha a b^T, of slices of a head, and tokens x depth += alpha op(p) b. */
 static void pk__scores(const pk__heads *h, pk_real alpha, const pk_real *a, size_t lda, const pk_real *b,
                        size_t ldb, pk_real beta, pk_real *to)
 {
-    pk__attend_product(0, 1, h->tokens, h->tokens, h->depth, alpha, a, lda, b, ldb, beta, to, h->tokens);
+    for (size_t i = 0; i < h->tokens; i++)
+        for (size_t j = 0; j < h->depth; j++)
+            h->turned[j * h->tokens + i] = b[i * ldb + j];
+    pk__attend_product(0, h->tokens, h->tokens, h->depth, alpha, a, lda, h->turned, h->tokens, beta, to,
+                       h->tokens);
 }
 
 static void pk__mix(const pk__heads *h, int transpose, pk_real alpha, const pk_real *p, const pk_real *b,
                     size_t ldb, pk_real beta, pk_real *to, size_t ldto)
 {
-    pk__attend_product(transpose, 0, h->tokens, h->depth, h->tokens, alpha, p, h->tokens, b, ldb, beta, to,
-                       ldto);
+    pk__attend_product(transpose, h->tokens, h->depth, h->tokens, alpha, p, h->tokens, b, ldb, beta, to, ldto);
 }
 
 /* The tokens that token i sees. */
@@ -13681,7 +13807,7 @@ static void pk__attend_weights_tangent(const pk__heads *h, const pk_real *x, con
 
 static void pk__attend_forward(const pk_call *call)
 {
-    const pk__heads h = pk__attend_heads(call->node);
+    const pk__heads h = pk__attend_heads(call);
     for (size_t row = 0; row < call->rows; row++)
         for (size_t head = 0; head < h.heads; head++) {
             const pk_real *x = call->in[0] + row * call->in_width[0] + head * h.depth;
@@ -13694,7 +13820,7 @@ static void pk__attend_forward(const pk_call *call)
 /* O. = P. V + P V. */
 static void pk__attend_tangent(const pk_call *call)
 {
-    const pk__heads h = pk__attend_heads(call->node);
+    const pk__heads h = pk__attend_heads(call);
     pk_real *p = call->scratch, *p_dot = p + h.tokens * h.tokens;
     if (!call->in_tangent[0])
         memset(call->out_tangent, 0, call->rows * call->node->width * sizeof(pk_real));
@@ -13714,7 +13840,7 @@ static void pk__attend_tangent(const pk_call *call)
  * S K, of K scale S^T Q. */
 static void pk__attend_reverse(const pk_call *call)
 {
-    const pk__heads h = pk__attend_heads(call->node);
+    const pk__heads h = pk__attend_heads(call);
     pk_real *p = call->scratch, *s = p + h.tokens * h.tokens;
     const pk_real add = call->accumulate[0] ? 1 : 0;
     for (size_t row = 0; row < call->rows; row++)
@@ -13736,7 +13862,7 @@ static void pk__attend_reverse(const pk_call *call)
 /* The derivative of reverse along the tangent v of the input. */
 static void pk__attend_curvature(const pk_call *call)
 {
-    const pk__heads h = pk__attend_heads(call->node);
+    const pk__heads h = pk__attend_heads(call);
     const size_t square = h.tokens * h.tokens;
     pk_real *p = call->scratch, *p_dot = p + square, *s = p_dot + square, *s_dot = s + square;
     for (size_t row = 0; call->in_tangent[0] && row < call->rows; row++)
@@ -23826,7 +23952,7 @@ PK__PRIVATE void pk__adapt(pk__integrator *integrator)
 
 /* Failures one after the other that count; in whole_target, how far the mean inputs of layers may be apart, and the gap beside kinks, which
  * is more than what is missed there. */
-enum { PK__WHOLE_FAILURES = 5, PK__INPUTS_APART = 4, PK__KINKS_APART = 16 };
+enum { PK__WHOLE_FAILURES = 5, PK__INPUTS_APART = 12, PK__KINKS_APART = 32 };
 
 /* Where the stretch of node `node` of the rule with `order` nodes on [a, b] begins: the ends of the stretches divide the piece as
  * its weights do. node == order: where the last one ends. */
@@ -24083,8 +24209,8 @@ static int pk__halve_whole(pk__integrator *integrator)
     for (size_t i = 0; i < count; i++) {
         pk__piece *piece = &pieces->piece[i];
         const double length = piece->b - piece->a, middle = 0.5 * (piece->a + piece->b), wanted = piece->reference;
-        if (piece->accepted || piece->order || PK__WHOLE_PARTS * length < 2 ||
-            !(wanted <= pk__whole_limit(integrator, piece)))
+        const double limit = pk__whole_limit(integrator, piece);
+        if (piece->accepted || piece->order || PK__WHOLE_PARTS * length < 2 || limit < 2 || !(wanted <= limit))
             continue;
         /* a quarter of what is wanted of each half, for the first rule */
         piece->order = (unsigned char)(wanted < 16 ? 1 : wanted < 64 ? (int)(wanted / 8) : 8);
@@ -24659,6 +24785,34 @@ PK__INTERNAL const pk_real *pk__integrator_ends(pk__integrator *integrator)
 
 PK__END_CODE
 
+/* pathkernel/features/cost.h: implementation */
+PK__BEGIN_COLD_CODE
+
+enum { PK__HADAMARD = 8 };
+
+PK__INTERNAL double pk__product_flops(pk__product_form form, const pk_node *node,
+                                      const pk__product_sizes *sizes)
+{
+    const double places = (double)node->positions, in = (double)node->fan_in, out = (double)node->fan_out,
+                 width = (double)node->width, weights = (double)node->weight_count, points = sizes->points,
+                 outputs = sizes->left * sizes->right;
+    switch (form) {
+    case PK__PRODUCT_FACTORED:
+        return points * places * places * (2 * in + outputs * (2 * out * sizes->summed + PK__HADAMARD));
+    case PK__PRODUCT_BY_ROWS:
+        return sizes->summed *
+               (2 * outputs * weights + 4 * sizes->formed * sizes->left * points * places * weights);
+    case PK__PRODUCT_ON_THE_LEFT:
+        return 3 * sizes->formed * sizes->left * points * width * in +
+               outputs * width * (2 * in + PK__HADAMARD);
+    case PK__PRODUCT_OUTSIDE: return points * (2 * in + 6 * width) + width * (4 * outputs + PK__HADAMARD);
+    case PK__PRODUCT_BY_SLOPES: return points * (2 * in + 2 * sizes->terms * width + PK__HADAMARD);
+    }
+    return 0;
+}
+
+PK__END_COLD_CODE
+
 /* pathkernel/features/factors.h: implementation */
 #include <math.h>
 #include <string.h>
@@ -24686,11 +24840,13 @@ PK__INTERNAL int pk__layer_by_rows(const pk__representation *representation, con
         return 1;
     if (representation->materialized)
         return representation->batch <= ((size_t)1 << 25) / node->weight_count;
-    const double places = (double)node->positions, in = (double)node->fan_in, out = (double)node->fan_out;
-    const double outputs = (double)representation->outputs, batch = (double)representation->batch, points = 5;
-    const double factored = points * batch * places * places * (2 * in + (2 * out + 8) * outputs);
-    const double by_rows = 2 * outputs * out * in * (batch + points * places);
-    return !representation->factored && by_rows <= factored;
+    const pk__product_sizes sizes = {.left = (double)representation->outputs,
+                                     .right = 1,
+                                     .summed = 1,
+                                     .points = 5,
+                                     .formed = 1 / (double)pk__max(representation->batch, 1)};
+    return !representation->factored && pk__product_flops(PK__PRODUCT_BY_ROWS, node, &sizes) <=
+                                            pk__product_flops(PK__PRODUCT_FACTORED, node, &sizes);
 }
 
 PK__INTERNAL void pk__examples_take(pk__arena *arena, const pk_graph *graph, size_t capacity,
@@ -24956,6 +25112,9 @@ PK__END_CODE
 
 /* pathkernel/features/gram.h: implementation */
 #include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 PK__BEGIN_CODE
 
 /* How a layer's part is had. */
@@ -24978,10 +25137,10 @@ typedef struct pk__gram_layer {
     size_t left_at, right_at; /* of the numbers kept of a row, how many are in front of these */
     size_t depth;             /* terms of a product of two cotangents or gradients */
     const pk_node *last;      /* SLOPES: the last layer */
-    pk_real *seen[2];         /* SLOPES: of each side, nodes x terms x outputs x width: W^T seed_k; then D^T seed_k */
-    pk_real *factor;          /* SLOPES: nodes x terms x terms x width: sum_k of products of these */
-    size_t places, examples;  /* PLACES: how many places of one row with how many other rows at one time */
-    pk_real *constant;        /* CONSTANT: kept x kept */
+    pk_real *seen[2]; /* SLOPES: of each side, nodes x terms x outputs x width: W^T seed_k; then D^T seed_k */
+    pk_real *factor;  /* SLOPES: nodes x terms x terms x width: sum_k of products of these */
+    size_t places, examples; /* PLACES: how many places of one row with how many other rows at one time */
+    pk_real *constant;       /* CONSTANT: kept x kept */
 } pk__gram_layer;
 
 /* Rows with their factors: layer after layer, each capacity x left, then capacity x right. */
@@ -25006,7 +25165,7 @@ typedef struct pk__gram {
     size_t outputs, kept; /* cotangents of a row; of these, how many the result has: all or 1 */
     size_t nodes;
     const double *node_weight;
-    double weight_sum;
+    int apart;
     size_t terms; /* SLOPES: of V = W + t D, 2 where rows have a t of their own, else 1 */
     int slopes;   /* sums over outputs of rows with unit seeds */
     int lean;     /* no row needs a pass back */
@@ -25390,8 +25549,8 @@ static void pk__gram_fill_nodes(const pk__gram *gram, pk__gram_side *side, pk__g
 
 /* tile += weight times the sum over pairs of places (a_q . a_r + bias) (d_q . d_r). */
 static void pk__gram_places(const pk__gram *gram, const pk__gram_layer *layer, pk__gram_lane *lane,
-                            pk_real weight, const pk_real *x_left, const pk_real *x_right, const pk_real *y_left,
-                            const pk_real *y_right, size_t rows, size_t columns)
+                            pk_real weight, const pk_real *x_left, const pk_real *x_right,
+                            const pk_real *y_left, const pk_real *y_right, size_t rows, size_t columns)
 {
     const size_t positions = layer->node->positions, in = layer->node->fan_in, kept = gram->kept,
                  depth = layer->depth, ld = columns * kept;
@@ -25454,6 +25613,11 @@ static void pk__gram_join(const pk__gram *gram, const pk__gram_layer *layer, pk_
                           size_t columns, pk_real bias)
 {
     const size_t kept = gram->kept, ld = columns * kept;
+    if (kept == 1 && layer->form != PK__GRAM_CONSTANT) {
+        for (size_t i = 0; i < rows * columns; i++)
+            lane->tile[i] += (lane->left[i] + bias) * lane->right[i];
+        return;
+    }
     for (size_t r = 0; r < rows; r++) {
         for (size_t s = 0; s < ld; s++)
             lane->spread[s] = lane->left[r * columns + s / kept] + bias;
@@ -25471,26 +25635,31 @@ static void pk__gram_join(const pk__gram *gram, const pk__gram_layer *layer, pk_
     }
 }
 
-/* tile = the kernel of rows at i ... of x and j ... of y, of all layers or, column >= 0, of those of one; the sum over the
- * nodes. Where only one factor depends on the node, that one is summed first, in the products. */
+/* tile = the kernel of rows at i ... of x and j ... of y, of all layers or, column >= 0, of those of one; the sum over some
+ * nodes, from number first on. Where only one factor depends on the node, that one is summed first, in the products. */
 static void pk__gram_tile(const pk__gram *gram, pk__gram_lane *lane, const pk__gram_side *x, size_t i,
-                          size_t rows, const pk__gram_side *y, size_t j, size_t columns, int column)
+                          size_t rows, const pk__gram_side *y, size_t j, size_t columns, size_t first,
+                          size_t nodes, int column)
 {
-    const size_t kept = gram->kept, ld = columns * kept, nodes = gram->nodes;
+    const size_t kept = gram->kept, ld = columns * kept, end = first + nodes;
+    double weight_sum = 0;
     const pk_node *input = NULL; /* whose Gram matrix is in lane->left, of all nodes */
     memset(lane->tile, 0, rows * kept * ld * sizeof *lane->tile);
+    for (size_t q = first; q < end; q++)
+        weight_sum += gram->node_weight[q];
     for (size_t l = 0; l < gram->layers; l++) {
         const pk__gram_layer *layer = &gram->layer[l];
         const size_t depth = layer->depth;
         if (column >= 0 && layer->column != column)
             continue;
         if (layer->form == PK__GRAM_ROWS || layer->form == PK__GRAM_PLACES) {
-            for (size_t q = 0; q < nodes; q++) {
+            for (size_t q = first; q < end; q++) {
                 const pk_real weight = (pk_real)gram->node_weight[q];
-                const pk_real *x_right = pk__gram_right(x, layer, q, i), *y_right = pk__gram_right(y, layer, q, j);
+                const pk_real *x_right = pk__gram_right(x, layer, q, i),
+                              *y_right = pk__gram_right(y, layer, q, j);
                 if (layer->form == PK__GRAM_ROWS)
-                    pk__gemm(0, 1, rows * kept, ld, depth, weight, x_right, depth, y_right, depth, 1, lane->tile,
-                             ld);
+                    pk__gemm(0, 1, rows * kept, ld, depth, weight, x_right, depth, y_right, depth, 1,
+                             lane->tile, ld);
                 else
                     pk__gram_places(gram, layer, lane, weight, pk__gram_left(x, layer, q, i), x_right,
                                     pk__gram_left(y, layer, q, j), y_right, rows, columns);
@@ -25502,24 +25671,24 @@ static void pk__gram_tile(const pk__gram *gram, pk__gram_lane *lane, const pk__g
         const int constant = layer->form == PK__GRAM_CONSTANT;
         if (nodes == 1 || layer->data) { /* inputs that all nodes share */
             if (input != own)
-                pk__gram_inputs(layer, x, i, rows, y, j, columns, 0, 1, 0, lane->left);
+                pk__gram_inputs(layer, x, i, rows, y, j, columns, first, 1, 0, lane->left);
             input = own;
-            for (size_t q = 0; q < nodes && !constant; q++)
-                pk__gram_cotangents(gram, layer, lane, x, i, rows, y, j, columns, q, q > 0, lane->right);
+            for (size_t q = first; q < end && !constant; q++)
+                pk__gram_cotangents(gram, layer, lane, x, i, rows, y, j, columns, q, q > first, lane->right);
             pk__gram_join(gram, layer, lane, rows, columns, layer->bias);
             continue;
         }
         input = NULL;
-        for (size_t q = 0; q < nodes; q++) {
+        for (size_t q = first; q < end; q++) {
             pk__gram_inputs(layer, x, i, rows, y, j, columns, q, constant ? gram->node_weight[q] : 1,
-                            constant && q > 0, lane->left);
+                            constant && q > first, lane->left);
             if (constant)
                 continue;
             pk__gram_cotangents(gram, layer, lane, x, i, rows, y, j, columns, q, 0, lane->right);
             pk__gram_join(gram, layer, lane, rows, columns, layer->bias);
         }
         if (constant)
-            pk__gram_join(gram, layer, lane, rows, columns, (pk_real)(layer->bias * gram->weight_sum));
+            pk__gram_join(gram, layer, lane, rows, columns, (pk_real)(layer->bias * weight_sum));
     }
 }
 
@@ -25603,8 +25772,11 @@ static pk_status pk__gram_pairs(pk__gram *gram, const pk__gram_side *x, const pk
             i *= gram->tile, j *= gram->tile;
             const size_t rows = pk__min(gram->tile, x->rows - i), columns = pk__min(gram->tile, y->rows - j);
             size_t *bad = &gram->bad[pk__thread()];
-            for (size_t c = 0; c < (gram->by_layer ? gram->graph->columns : 1); c++) {
-                pk__gram_tile(gram, &lane, x, i, rows, y, j, columns, gram->by_layer ? (int)c : -1);
+            const size_t parts = gram->by_layer ? gram->graph->columns : 1,
+                         sums = gram->apart ? gram->nodes : 1;
+            for (size_t c = 0; c < sums * parts; c++) {
+                pk__gram_tile(gram, &lane, x, i, rows, y, j, columns, c / parts, gram->nodes / sums,
+                              gram->by_layer ? (int)(c % parts) : -1);
                 const size_t found =
                     pk__gram_write(gram, lane.tile, c, x->first + i, rows, y->first + j, columns);
                 *bad = pk__min(*bad, found);
@@ -25628,26 +25800,29 @@ static int pk__gram_column(const pk_graph *graph, const pk_node *node)
     return -1;
 }
 
-/* The form of a layer, by flops a pair of rows. */
+/* The form of a layer, by flops a pair of rows (cost.h); rows: that a gradient is formed once for, about. */
 static void pk__gram_plan_layer(const pk__gram *gram, double rows, pk__gram_layer *layer)
 {
     const pk_node *node = layer->node;
     const size_t kept = gram->kept, group = gram->outputs / kept, room = (size_t)1 << 16;
     const int outer = pk__is_outer(node);
-    const double c = (double)kept, in = (double)node->fan_in,
-                 weights = (double)node->weight_count * (double)group;
-    const double all = c * (double)group, places = (double)node->positions;
-    const double by_rows = 2 * c * c * weights + 4 * all * places * (double)node->weight_count / rows;
-    const double factored =
-        places * places * (2 * in + 2 * c * (double)(node->fan_out * group) * c + 8 * c * c);
+    const pk__product_sizes sizes = {.left = (double)kept,
+                                     .right = (double)kept,
+                                     .summed = (double)group,
+                                     .points = 1,
+                                     .terms = (double)gram->terms,
+                                     .formed = 1 / rows};
+    const double factored = pk__product_flops(PK__PRODUCT_FACTORED, node, &sizes);
     layer->column = pk__gram_column(gram->graph, node);
-    layer->last = outer && gram->slopes && gram->terms * kept < gram->outputs
+    layer->last = outer && gram->slopes && pk__product_flops(PK__PRODUCT_BY_SLOPES, node, &sizes) < factored
                       ? pk__last_behind(gram->graph, node)
                       : NULL;
     layer->form = layer->last ? PK__GRAM_SLOPES
-                  : outer ? node->cotangent_constant && gram->uniform ? PK__GRAM_CONSTANT : PK__GRAM_OUTER
-                  : node->tangent_form == PK_TANGENT_OUTER && factored < by_rows ? PK__GRAM_PLACES
-                                                                                 : PK__GRAM_ROWS;
+                  : outer     ? node->cotangent_constant && gram->uniform ? PK__GRAM_CONSTANT : PK__GRAM_OUTER
+                  : node->tangent_form == PK_TANGENT_OUTER &&
+                          factored < pk__product_flops(PK__PRODUCT_BY_ROWS, node, &sizes)
+                      ? PK__GRAM_PLACES
+                      : PK__GRAM_ROWS;
     if (layer->form == PK__GRAM_ROWS) {
         layer->right = node->weight_count * gram->outputs;
         layer->depth = node->weight_count * group;
@@ -25698,9 +25873,9 @@ static pk_status pk__gram_plan(pk__gram *gram, size_t rows, size_t columns)
         values += graph->nodes[n].width;
         cotangents += graph->nodes[n].varies ? graph->nodes[n].width * gram->outputs : 0;
     }
-    /* Tiles of about 128 x 128 numbers stay in the second-level cache with their products; there should be several. */
+    /* Tiles of about 128 x 128 numbers, or somewhat more, stay in the second-level cache with their products; there should be several. */
     gram->tile = 64;
-    while (gram->tile > 1 && gram->tile * kept > 128)
+    while (gram->tile > 1 && gram->tile * kept > 192)
         gram->tile /= 2;
     while (gram->tile > (kept > 1 ? 8 : 16) && pk__max(rows, columns) < 2 * gram->tile)
         gram->tile /= 2;
@@ -25826,6 +26001,21 @@ static pk_status pk__gram_blocks(pk__gram *gram, pk__gram_side *x, pk__gram_side
     return PK_OK;
 }
 
+/* Factors of hundreds of megabytes are written once and soon released: with pages of 4 KB, the system spent a quarter of the time of
+ * a small kernel on clearing them one by one. */
+static void pk__gram_large_pages(void *memory, size_t bytes)
+{
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    enum { PAGE = 4096, LARGE = 1 << 24 };
+    if (bytes >= LARGE) {
+        const size_t skip = PAGE - (size_t)((uintptr_t)memory % PAGE);
+        (void)madvise((unsigned char *)memory + skip, (bytes - skip) / PAGE * PAGE, MADV_HUGEPAGE);
+    }
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
 /* With the layers' memory. */
 static pk_status pk__gram_run(pk__gram *gram, pk__gram_side *x, pk__gram_side *y)
 {
@@ -25838,8 +26028,10 @@ static pk_status pk__gram_run(pk__gram *gram, pk__gram_side *x, pk__gram_side *y
     if (!status)
         status =
             pk__allocate(context, x->capacity + y->capacity, row * sizeof(pk_real), 0, gram->name, &x->factors);
-    if (!status && x->factors)
+    if (!status && x->factors) {
+        pk__gram_large_pages(x->factors, (x->capacity + y->capacity) * row * sizeof(pk_real));
         y->factors = x->factors + x->capacity * row;
+    }
     x->numbers = y->numbers = gram->numbers;
     if (!status)
         status = pk__allocate(context, (size_t)gram->threads, gram->lane_bytes, 0, gram->name, &gram->lanes);
@@ -25902,7 +26094,8 @@ static pk_status pk__gram_spread(pk__gram *gram, pk__gram_side *sides, pk_real *
     const size_t spread = graph->spread;
     pk_status status = PK_OK;
     if (graph->tied)
-        status = pk_allocate(gram->context, spread, 2 * (gram->nodes + 1) * sizeof **memory, gram->name, memory);
+        status =
+            pk_allocate(gram->context, spread, 2 * (gram->nodes + 1) * sizeof **memory, gram->name, memory);
     for (int s = 0; s < 2; s++) {
         pk__gram_side *side = &sides[s];
         side->weights = side->of->weights;
@@ -25961,10 +26154,9 @@ PK__INTERNAL pk_status pk__gram_compute(pk_context *context, const pk__gram_requ
     gram.criterion = request->criterion;
     gram.nodes = request->nodes ? request->nodes : 1;
     gram.node_weight = request->nodes ? request->node_weight : &one;
-    for (size_t q = 0; q < gram.nodes; q++)
-        gram.weight_sum += gram.node_weight[q];
-    gram.two_points = left->weights != right->weights || left->moves != right->moves || left->direction ||
-                      right->direction;
+    gram.apart = request->apart;
+    gram.two_points =
+        left->weights != right->weights || left->moves != right->moves || left->direction || right->direction;
     gram.terms = left->direction || right->direction ? 2 : 1;
     gram.slopes = request->summed && left->seeds == PK__SEEDS_UNITS && right->seeds == PK__SEEDS_UNITS;
     gram.uniform = left->seeds <= PK__SEEDS_ONE && left->seeds == right->seeds && left->output == right->output;
@@ -25977,7 +26169,8 @@ PK__INTERNAL pk_status pk__gram_compute(pk_context *context, const pk__gram_requ
     if (status || !left->rows.rows || !right->rows.rows)
         return status;
     if (!graph->nodes[graph->node_count - 1].varies) { /* no weight reaches the output */
-        for (size_t r = 0; r < result.rows * (gram.by_layer ? graph->columns : 1); r++)
+        const size_t planes = (gram.by_layer ? graph->columns : 1) * (gram.apart ? gram.nodes : 1);
+        for (size_t r = 0; r < result.rows * planes; r++)
             memset(result.data + r * result.ld, 0, result.cols * sizeof *result.data);
         return PK_OK;
     }
@@ -26151,14 +26344,15 @@ PK__PRIVATE void pk__choose_form(pk__integral *integral, size_t layer, const pk_
     const pk_node *node = integral->layer[layer].node;
     const int is_points =
         integral->layer[layer].kind == PK__LAYER_POINTS && !pk__is_used_at_places(integral, layer);
-    double in = (double)node->fan_in, out = (double)node->width;
-    double outputs = (double)integral->outputs, batch = step->examples ? (double)step->examples : 1;
-    double points = (double)integral->integrator.points_last / (double)pk__max(integral->rows, 1);
-    /* Flops per row. An operation on a tile in registers costs about 8 flops for each number of it; with few points tiles
-     * are small. */
-    double factored = points * batch * (2 * (outputs * out + in) + 8 * outputs);
-    double outside = batch * (points * 2 * in + out * (6 * points + 8) + 4 * outputs * out);
-    double integrated = 3 * points * outputs * out * in + batch * outputs * out * (2 * in + 8);
+    const pk__product_sizes sizes = {.left = (double)integral->outputs,
+                                     .right = 1,
+                                     .summed = 1,
+                                     .points = (double)integral->integrator.points_last /
+                                               (double)pk__max(integral->rows, 1),
+                                     .formed = 1 / (double)pk__max(step->examples, 1)};
+    const double factored = pk__product_flops(PK__PRODUCT_FACTORED, node, &sizes),
+                 outside = pk__product_flops(PK__PRODUCT_OUTSIDE, node, &sizes),
+                 integrated = pk__product_flops(PK__PRODUCT_ON_THE_LEFT, node, &sizes);
     const pk_engine engine = step->engine;
     const int automatic = engine == PK_ENGINE_AUTO && is_points;
     integral->layer[layer].outputs_outside =
@@ -32723,27 +32917,50 @@ PK__BEGIN_COLD_CODE
 
 enum {
     PK__ALONG_ORDER = 16,     /* nodes of a piece, at most */
+    PK__ALONG_TOGETHER = 8,   /* nodes of one product, at most */
     PK__ALONG_DEPTH = 40,     /* halvings of a piece, */
     PK__ALONG_HALVINGS = 512, /* of a step */
     PK__ALONG_REFINED = 4,    /* halvings of all pieces of rows with kinks */
     PK__ALONG_WINDOW = 16,    /* more pieces of a row are not multiplied with all of another one's */
-    PK__ALONG_ROWS = 16,      /* rows whose kinks are found together */
-    PK__ALONG_POINTS = 256,   /* of the left side at one time; more where one row has more */
-    PK__ALONG_TILE = 1 << 21  /* numbers of a product of points */
+    PK__ALONG_FEW = 8,    /* rows of a side that stand for all: where there are PK__ALONG_MANY times as many, */
+    PK__ALONG_MANY = 4,   /* and at least this long after all were compared: */
+    PK__ALONG_SINCE = 16, /* steps */
+    PK__ALONG_SPARE = 16, /* times as exact as all */
+    PK__ALONG_ROWS = 16,  /* rows whose kinks are found together */
+    PK__ALONG_SEEN = 64,  /* points of rows that go through the network together */
+    PK__ALONG_POINTS = 256,  /* of the left side at one time; more where one row has more */
+    PK__ALONG_TILE = 1 << 21 /* numbers of a product of points */
 };
 
 static void pk__along_take(pk__arena *arena, pk__along *along)
 {
     const size_t P = along->graph->parameters;
     along->direction = pk__arena_take(arena, P, sizeof(pk_real));
-    along->at = pk__arena_take(arena, P, sizeof(pk_real));
+    along->at = pk__arena_take(arena, P, along->together * sizeof(pk_real));
     along->spread =
         along->graph->tied ? pk__arena_take(arena, along->graph->spread, 2 * sizeof(pk_real)) : NULL;
     along->part = pk__arena_take(arena, along->numbers, sizeof(pk_real));
     along->coarse = pk__arena_take(arena, along->numbers, sizeof(double));
     along->fine = pk__arena_take(arena, along->numbers, sizeof(double));
+    along->some = pk__arena_take(arena, along->numbers, sizeof(double));
     along->nodes = pk__arena_take(arena, PK__ALONG_NODES, sizeof(double));
     along->weights = pk__arena_take(arena, PK__ALONG_NODES, sizeof(double));
+    for (int s = 0; s < 2; s++) {
+        along->few[s].rows = pk__arena_take(arena, PK__ALONG_FEW, along->graph->input_width * sizeof(pk_real));
+        along->few[s].targets =
+            pk__arena_take(arena, PK__ALONG_FEW, along->graph->output_width * sizeof(pk_real));
+        along->few[s].labels = pk__arena_take(arena, PK__ALONG_FEW, sizeof(int64_t));
+    }
+}
+
+/* Nodes whose weights and factors are in memory together, from shapes alone: a pass has about 128 rows. */
+static size_t pk__along_together(const pk_graph *graph)
+{
+    size_t row = graph->input_width;
+    for (size_t n = 1; n < graph->node_count; n++)
+        row += graph->nodes[n].width;
+    const size_t most = ((size_t)1 << 24) / pk__max(graph->parameters, 128 * row);
+    return pk__max(1, pk__min(most / pk__max(graph->output_width, 1), PK__ALONG_TOGETHER));
 }
 
 PK__INTERNAL pk_status pk__along_prepare(pk_context *context, const pk_graph *graph, size_t numbers,
@@ -32753,6 +32970,7 @@ PK__INTERNAL pk_status pk__along_prepare(pk_context *context, const pk_graph *gr
     along->context = context;
     along->graph = graph;
     along->numbers = numbers;
+    along->together = pk__along_together(graph);
     along->name = "kernels";
     pk__arena measured = {NULL, 0, 0, 0};
     pk__along_take(&measured, along);
@@ -32794,9 +33012,10 @@ static size_t pk__along_planes(const pk__along *along)
     return along->by_layer ? along->graph->columns : 1;
 }
 
-/* part = the matrix of rows whose sides stand where they say. The library's fractions of one matrix are none of all. */
+/* part = the sum of the matrices at some nodes, of rows whose sides stand where they say. The library's fractions of one
+ * matrix are none of all. */
 static pk_status pk__along_gram(pk__along *along, const pk__gram_rows_of *left, const pk__gram_rows_of *right,
-                                pk_real *part)
+                                size_t nodes, const double *weights, int apart, pk_real *part)
 {
     const size_t kept = pk__along_kept(along, left);
     const pk__gram_request request = {
@@ -32805,6 +33024,9 @@ static pk_status pk__along_gram(pk__along *along, const pk__gram_rows_of *left, 
         .criterion = along->criterion,
         .summed = along->summed,
         .by_layer = along->by_layer,
+        .nodes = nodes,
+        .node_weight = weights,
+        .apart = apart,
         .result = pk_matrix_view(part, left->rows.rows * kept, (right ? right : left)->rows.rows * kept)};
     int (*progress)(void *, const char *, double) = along->context ? along->context->progress : NULL;
     if (along->context)
@@ -32815,46 +33037,64 @@ static pk_status pk__along_gram(pk__along *along, const pk__gram_rows_of *left, 
     return status;
 }
 
-/* to += weight times the matrix at t. */
-static pk_status pk__along_add(pk__along *along, const pk__gram_rows_of *left, const pk__gram_rows_of *right,
-                               const int moves[2], double t, double weight, double *to)
+static size_t pk__along_numbers(const pk__along *along, const pk__gram_rows_of *left,
+                                const pk__gram_rows_of *right)
 {
-    const size_t kept = pk__along_kept(along, left), planes = pk__along_planes(along);
-    const size_t numbers = planes * left->rows.rows * kept * (right ? right : left)->rows.rows * kept;
-    const pk_real *at = along->w;
+    const size_t kept = pk__along_kept(along, left);
+    return pk__along_planes(along) * left->rows.rows * kept * (right ? right : left)->rows.rows * kept;
+}
+
+/* to = the sum of weights times the matrices at the nodes, a few at a time. */
+static pk_status pk__along_sum(pk__along *along, const pk__gram_rows_of *left, const pk__gram_rows_of *right,
+                               const int moves[2], size_t nodes, const double *t, const double *weights,
+                               double *to)
+{
+    const size_t numbers = pk__along_numbers(along, left, right), P = along->graph->parameters;
+    const int some = moves[0] || moves[1];
     pk__gram_rows_of sides[2] = {*left, right ? *right : *left};
-    if (t > 0 && (moves[0] || moves[1])) {
-        pk__step_point(along->graph->parameters, along->w, along->next, t, along->at);
-        at = along->at;
+    pk_status status = PK_OK;
+    memset(to, 0, numbers * sizeof *to);
+    for (size_t first = 0, count; first < nodes && !status; first += count) {
+        count = pk__min(nodes - first, along->together);
+        for (size_t q = 0; q < count && some; q++)
+            pk__step_point(P, along->w, along->next, t[first + q], along->at + q * P);
+        for (int s = 0; s < 2; s++) {
+            sides[s].moves = moves[s];
+            sides[s].weights = moves[s] ? along->at : along->w;
+        }
+        status =
+            pk__along_gram(along, &sides[0], right ? &sides[1] : NULL, count, weights + first, 0, along->part);
+        for (size_t i = 0; !status && i < numbers; i++)
+            to[i] += along->part[i];
     }
-    for (int s = 0; s < 2; s++)
-        sides[s].weights = moves[s] ? at : along->w;
-    const pk_status status = pk__along_gram(along, &sides[0], right ? &sides[1] : NULL, along->part);
-    for (size_t i = 0; !status && i < numbers; i++)
-        to[i] += weight * along->part[i];
-    along->points++;
+    along->points += nodes;
     return status;
 }
 
 /* to = the Gauss rule of so many nodes on [a, b]. */
 static pk_status pk__along_gauss(pk__along *along, const pk__gram_rows_of *left, const pk__gram_rows_of *right,
-                                 const int moves[2], double a, double b, int nodes, size_t numbers, double *to)
+                                 const int moves[2], double a, double b, int nodes, double *to)
 {
-    pk_status status = PK_OK;
     pk_gauss_legendre(nodes, along->nodes, along->weights);
-    memset(to, 0, numbers * sizeof *to);
-    for (int q = 0; !status && q < nodes; q++)
-        status = pk__along_add(along, left, right, moves, a + (b - a) * along->nodes[q],
-                               (b - a) * along->weights[q], to);
-    return status;
+    for (int q = 0; q < nodes; q++) {
+        along->nodes[q] = a + (b - a) * along->nodes[q];
+        along->weights[q] *= b - a;
+    }
+    return pk__along_sum(along, left, right, moves, (size_t)nodes, along->nodes, along->weights, to);
 }
 
-/* The largest difference; scale becomes the largest entry. */
-static double pk__along_apart(pk__along *along, size_t numbers)
+/* The largest difference, worst where it is among `columns` columns of a plane of `rows` rows, a row of outputs each;
+ * scale becomes the largest entry. */
+static double pk__along_apart(pk__along *along, size_t numbers, size_t rows, size_t columns, size_t kept)
 {
     double apart = 0;
     for (size_t i = 0; i < numbers; i++) {
-        apart = fmax(apart, fabs(along->fine[i] - along->coarse[i]));
+        const double own = fabs(along->fine[i] - along->coarse[i]);
+        if (own > apart) {
+            apart = own;
+            along->worst[0] = i / (columns * kept) % (rows * kept) / kept;
+            along->worst[1] = i % (columns * kept) / kept;
+        }
         along->scale = fmax(along->scale, fabs(along->fine[i]));
     }
     return apart;
@@ -32872,26 +33112,134 @@ static void pk__along_swap(pk__along *along)
     along->fine = spare;
 }
 
+/* Which rows of a list stand for all: those that differed most the last time, that with the largest inputs, and others from one
+ * step to the next. list: NULL: all rows of the side. */
+static size_t pk__along_spread(const pk__gram_rows_of *of, size_t count, const size_t *list,
+                               const struct pk__along_smooth *state, int side, int both,
+                               size_t index[PK__ALONG_FEW])
+{
+    const size_t few = pk__min(count, PK__ALONG_FEW), D = of->rows.cols;
+    double most = -1;
+    for (size_t i = 0; i < few; i++) {
+        const size_t at = (i * count / few + state->since) % count;
+        index[i] = list ? list[at] : at;
+    }
+    for (size_t i = 0, named = 1; i < count; i++) {
+        const size_t row = list ? list[i] : i;
+        const pk_real *x = of->rows.data + row * of->rows.ld;
+        double size = 0;
+        for (size_t j = 0; j < D; j++)
+            size += (double)x[j] * x[j];
+        if (size > most) {
+            most = size;
+            index[0] = row;
+        }
+        if ((row == state->worst[side] || (both && row == state->worst[!side])) && named < few)
+            index[named++] = row;
+    }
+    return few;
+}
+
+/* The rows `index` of a side. */
+static void pk__along_gather(const pk__gram_rows_of *of, size_t outputs, size_t count, const size_t *index,
+                             struct pk__along_few *few)
+{
+    const size_t D = of->rows.cols;
+    few->of = *of;
+    few->of.rows = pk_matrix_view(few->rows, count, D);
+    few->of.labels = of->labels ? few->labels : NULL;
+    few->of.targets = of->targets ? few->targets : NULL;
+    for (size_t i = 0; i < count; i++) {
+        memcpy(few->rows + i * D, of->rows.data + index[i] * of->rows.ld, D * sizeof *few->rows);
+        if (of->labels)
+            few->labels[i] = of->labels[index[i]];
+        if (of->targets)
+            memcpy(few->targets + i * outputs, of->targets + index[i] * outputs,
+                   outputs * sizeof *few->targets);
+    }
+}
+
+/* Whether a few rows can tell how many nodes all need: all have been compared not long ago, and there are many. */
+static int pk__along_can_spot(const struct pk__along_smooth *state, size_t rows, size_t columns)
+{
+    return state->nodes && state->since < PK__ALONG_SINCE &&
+           rows * columns >= (size_t)PK__ALONG_FEW * PK__ALONG_FEW * PK__ALONG_MANY * PK__ALONG_MANY;
+}
+
+/* The nodes with which a few rows are integrated as exactly as all shall be, with room to spare; 0: none are found. They are
+ * PK__ALONG_SPARE times as exact, as the largest error of all is larger than that of a few. */
+static pk_status pk__along_spot(pk__along *along, const pk__gram_rows_of *left, const pk__gram_rows_of *right,
+                                const int moves[2], const struct pk__along_smooth *state, int *nodes,
+                                double *apart)
+{
+    const pk__gram_rows_of *few[2] = {NULL, NULL};
+    for (int s = 0; s < (right ? 2 : 1); s++) {
+        size_t index[PK__ALONG_FEW];
+        const pk__gram_rows_of *of = s ? right : left;
+        const size_t count = pk__along_spread(of, of->rows.rows, NULL, state, s, !right, index);
+        pk__along_gather(of, along->graph->output_width, count, index, &along->few[s]);
+        few[s] = &along->few[s].of;
+    }
+    const size_t numbers = pk__along_numbers(along, few[0], few[1]), points = along->points;
+    const size_t kept = pk__along_kept(along, left);
+    int n = state->nodes, found = 0;
+    pk_status status = pk__along_gauss(along, few[0], few[1], moves, 0, 1, n, along->coarse);
+    for (int tried = 0; !status && !found && tried < 4 && n < PK__ALONG_ORDER; tried++, n++) {
+        status = pk__along_gauss(along, few[0], few[1], moves, 0, 1, n + 1, along->fine);
+        *apart =
+            PK__ALONG_SPARE * pk__along_apart(along, numbers, few[0]->rows.rows, few[!!right]->rows.rows, kept);
+        found = *apart <= pk__along_allowed(along) ? n : 0;
+        pk__along_swap(along);
+    }
+    along->points = points; /* of these few: not counted */
+    *nodes = found;
+    return status;
+}
+
+/* The nodes that the next step begins with. */
+static unsigned char pk__along_next(int nodes, double apart, double allowed)
+{
+    return (unsigned char)(apart < 1e-3 * allowed && nodes > 1 ? nodes - 1 : nodes);
+}
+
 /* result += the integral over [a, b], by common nodes. */
 static pk_status pk__along_piece(pk__along *along, const pk__gram_rows_of *left, const pk__gram_rows_of *right,
-                                 const int moves[2], double a, double b, int depth, unsigned char *order,
-                                 size_t numbers, double *result)
+                                 const int moves[2], double a, double b, int depth,
+                                 struct pk__along_smooth *state, size_t numbers, double *result)
 {
-    int nodes = *order ? *order : 2;
-    double before = INFINITY;
-    pk_status status = pk__along_gauss(along, left, right, moves, a, b, nodes, numbers, along->coarse);
+    const size_t kept = pk__along_kept(along, left), rows = left->rows.rows,
+                 columns = (right ? right : left)->rows.rows;
+    int nodes = 0;
+    double before = INFINITY, apart = 0;
+    pk_status status = PK_OK;
+    if (depth == 0 && pk__along_can_spot(state, rows, columns)) {
+        status = pk__along_spot(along, left, right, moves, state, &nodes, &apart);
+        if (!status && nodes) {
+            status = pk__along_gauss(along, left, right, moves, a, b, nodes, result);
+            along->error += apart;
+            state->nodes = pk__along_next(nodes, apart, pk__along_allowed(along));
+            state->since++;
+        }
+        if (status || nodes)
+            return status;
+    }
+    state->since = 0;
+    nodes = state->nodes ? state->nodes : 2;
+    status = pk__along_gauss(along, left, right, moves, a, b, nodes, along->coarse);
     for (int tried = 0; !status; nodes++, tried++) {
-        status = pk__along_gauss(along, left, right, moves, a, b, nodes + 1, numbers, along->fine);
+        status = pk__along_gauss(along, left, right, moves, a, b, nodes + 1, along->fine);
         if (status)
             break;
-        const double apart = pk__along_apart(along, numbers), allowed = pk__along_allowed(along);
+        apart = pk__along_apart(along, numbers, rows, columns, kept);
+        memcpy(state->worst, along->worst, sizeof state->worst);
+        const double allowed = pk__along_allowed(along);
         const int last = depth == PK__ALONG_DEPTH || along->halvings >= PK__ALONG_HALVINGS;
         if (apart <= allowed || (last && nodes >= PK__ALONG_ORDER)) {
             along->refused += apart > allowed;
             along->error += apart;
             for (size_t i = 0; i < numbers; i++)
                 result[i] += along->fine[i];
-            *order = (unsigned char)(apart < 1e-3 * allowed && nodes > 1 ? nodes - 1 : nodes);
+            state->nodes = pk__along_next(nodes, apart, allowed);
             return PK_OK;
         }
         if (!last && (nodes >= PK__ALONG_ORDER || (tried >= 3 && apart > before / 2)))
@@ -32902,10 +33250,10 @@ static pk_status pk__along_piece(pk__along *along, const pk__gram_rows_of *left,
     if (status)
         return status;
     along->halvings++;
-    *order = 4;
-    status = pk__along_piece(along, left, right, moves, a, 0.5 * (a + b), depth + 1, order, numbers, result);
+    state->nodes = 4;
+    status = pk__along_piece(along, left, right, moves, a, 0.5 * (a + b), depth + 1, state, numbers, result);
     return status ? status
-                  : pk__along_piece(along, left, right, moves, 0.5 * (a + b), b, depth + 1, order, numbers,
+                  : pk__along_piece(along, left, right, moves, 0.5 * (a + b), b, depth + 1, state, numbers,
                                     result);
 }
 
@@ -32917,9 +33265,16 @@ typedef struct pk__along_side {
     int moves;
     pk__pieces pieces; /* by row and place */
     size_t *first;     /* of each row: its first piece; one more at the end */
-    double *size;      /* of each row: see pk__pieces_split; or NULL */
-    /* Of the tile: */
-    size_t start, rows, points;
+    size_t *smooth, smooth_count, *kinked, kinked_count,
+        *is_kinked; /* rows without kinks, with kinks; of each row: 1 or 0 */
+    /* Rows that are multiplied, and where the points of each begin in the tile, of positions start ...: */
+    const size_t *list;
+    size_t listed, *at, start, rows, points;
+    double a, b;  /* the part of the step at hand */
+    double *size; /* of each row: see pk__pieces_split; or NULL */
+    int common;   /* rows without kinks: the points are common nodes of all of them, in a matrix for each */
+    int borrowed; /* the pieces and lists are those of the other side */
+    void *room;   /* of at */
     pk_real *inputs, *t, *targets;
     int64_t *labels;
 } pk__along_side;
@@ -32938,8 +33293,8 @@ static size_t pk__along_pieces(void)
 
 static void pk__along_rows_take(pk__arena *arena, const pk__along *along, pk__along_rows *rows)
 {
-    const size_t points = 64;
-    pk__path_take(arena, along->graph, PK__ALONG_ROWS, points, 1, 1, pk__along_pieces(), 0, &rows->path);
+    pk__path_take(arena, along->graph, PK__ALONG_ROWS, PK__ALONG_SEEN, 1, 1, pk__along_pieces(), 0,
+                  &rows->path);
     pk__pieces_take(arena, pk__along_pieces(), &rows->found);
 }
 
@@ -33024,8 +33379,11 @@ static pk_status pk__along_find(pk__along *along, pk__along_rows *rows, pk__alon
     const size_t count = side->of->rows.rows, parts = (size_t)1 << halved;
     pk_status status = PK_OK;
     if (!side->first)
-        status = pk_allocate(along->context, count + 1, sizeof *side->first, along->name, &side->first);
+        status = pk_allocate(along->context, count + 1, 4 * sizeof *side->first, along->name, &side->first);
+    if (!status && !side->room)
+        status = pk_allocate(along->context, count + 1, sizeof *side->at, along->name, &side->room);
     side->pieces.count = 0;
+    side->a = a, side->b = b;
     for (size_t r = 0; !status && r < count && side->moves; r += PK__ALONG_ROWS)
         status = pk__along_split(along, rows, side, r, pk__min(PK__ALONG_ROWS, count - r), a, b, 0);
     for (size_t r = 0; !status && r < count && !side->moves; r++) {
@@ -33062,7 +33420,44 @@ static pk_status pk__along_find(pk__along *along, pk__along_rows *rows, pk__alon
             i++;
         side->first[r] = i;
     }
-    return PK_OK;
+    if (halved)
+        return status;
+    side->smooth = side->first + count + 1;
+    side->kinked = side->smooth + count + 1;
+    side->is_kinked = side->kinked + count + 1;
+    side->at = (size_t *)side->room;
+    side->smooth_count = side->kinked_count = 0;
+    for (size_t r = 0; r < count; r++) {
+        const int smooth = side->first[r + 1] - side->first[r] == 1 &&
+                           side->pieces.piece[side->first[r]].a <= a &&
+                           side->pieces.piece[side->first[r]].b >= b;
+        if (smooth)
+            side->smooth[side->smooth_count++] = r;
+        else
+            side->kinked[side->kinked_count++] = r;
+        side->is_kinked[r] = !smooth;
+    }
+    return status;
+}
+
+/* The pieces of both sides; where these are the same rows, the second has those of the first. */
+static pk_status pk__along_find_both(pk__along *along, pk__along_rows *rows, pk__along_side *sides, int same,
+                                     double a, double b, int halved)
+{
+    pk__along_side *y = &sides[1];
+    pk_status status = pk__along_find(along, rows, &sides[0], a, b, halved);
+    if (status || !same)
+        return status ? status : pk__along_find(along, rows, y, a, b, halved);
+    if (!y->room)
+        status = pk_allocate(along->context, y->of->rows.rows + 1, sizeof *y->at, along->name, &y->room);
+    void *const room = y->room;
+    pk_real *const inputs = y->inputs;
+    *y = sides[0];
+    y->borrowed = 1;
+    y->room = room;
+    y->inputs = inputs;
+    y->at = (size_t *)room;
+    return status;
 }
 
 /* The most pieces that a row of a side has. */
@@ -33074,10 +33469,12 @@ static size_t pk__along_most(const pk__along_side *side)
     return most;
 }
 
-/* How far the rule's integral of df/dt over [a, b] misses the change of f of a side's rows, of the largest |df/dt|; what rounding
- * of f explains is 0. f: the outputs, or the loss where its gradients, polynomials in the outputs, are integrated. */
-static pk_status pk__along_closure(pk__along *along, pk__along_rows *rows, const pk__along_side *side, double a,
-                                   double b, int nodes, double *worst)
+/* How far the rule's integral of df/dt over the part of the step at hand misses the change of f of a side's rows, of the
+ * largest |df/dt|; what rounding of f explains is 0. f: the outputs, or the loss where its gradients, polynomials in the outputs,
+ * are integrated. As many points as there is room for go through the network together: of each row both ends, then the nodes
+ * of its pieces. */
+static pk_status pk__along_closure(pk__along *along, pk__along_rows *rows, const pk__along_side *side,
+                                   int nodes, double *worst)
 {
     const pk_graph *graph = along->graph;
     const pk__gram_rows_of *of = side->of;
@@ -33091,35 +33488,56 @@ static pk_status pk__along_closure(pk__along *along, pk__along_rows *rows, const
     if (!status)
         status = pk_allocate(along->context, C, sizeof *seed, along->name, &seed);
     double *start = change ? change + count * kept : NULL, *end = start ? start + count * kept : NULL;
+    const double a = side->a, b = side->b;
     pk_gauss_legendre(nodes, node, weight);
-    for (size_t r = 0; !status && r < count; r++) {
-        pk_real t[PK__ALONG_ORDER + 1];
-        size_t zero[PK__ALONG_ORDER + 1] = {0};
-        const pk_real *f = pk__pass_output(&rows->path.tape), *target = criterion ? of->targets + r * C : NULL;
+    for (size_t first = 0, some; !status && first < count; first += some) {
+        some = pk__min(count - first, PK__ALONG_ROWS);
         pk__path_begin(&rows->path, graph->tied ? along->spread : along->w,
-                       graph->tied ? along->spread + graph->spread : along->direction, NULL, 1,
-                       of->rows.data + r * of->rows.ld);
-        t[0] = (pk_real)a, t[1] = (pk_real)b;
-        pk__path_forward(&rows->path, 2, zero, t);
-        for (size_t c = 0; c < kept; c++) {
-            start[r * kept + c] = criterion ? pk_criterion_value(criterion, C, f, target) : (double)f[c];
-            end[r * kept + c] = criterion ? pk_criterion_value(criterion, C, f + C, target) : (double)f[C + c];
-        }
-        for (size_t i = side->first[r]; i < side->first[r + 1] && graph->nodes[last].varies; i++) {
-            const pk__piece *piece = &side->pieces.piece[i];
-            for (int q = 0; q < nodes; q++)
-                t[q] = (pk_real)(piece->a + (piece->b - piece->a) * node[q]);
-            pk__path_forward(&rows->path, (size_t)nodes, zero, t);
-            pk__path_tangent(&rows->path, 0, (size_t)nodes, zero, t);
-            for (int q = 0; q < nodes; q++) {
-                const pk_real *tangent = rows->path.tape.tangent[last] + (size_t)q * C;
-                if (criterion)
-                    pk_criterion_gradient(criterion, C, f + (size_t)q * C, target, seed);
+                       graph->tied ? along->spread + graph->spread : along->direction, NULL, some,
+                       of->rows.data + first * of->rows.ld);
+        const size_t pieces = side->first[first + some] - side->first[first], n = (size_t)nodes;
+        for (size_t p = 0, together; p < 2 * some + pieces * n; p += together) {
+            size_t row[PK__ALONG_SEEN];
+            pk_real t[PK__ALONG_SEEN];
+            double factor[PK__ALONG_SEEN];
+            together = pk__min(2 * some + pieces * n - p, PK__ALONG_SEEN);
+            for (size_t i = 0; i < together; i++) {
+                const size_t at = p + i;
+                if (at < 2 * some) { /* ends */
+                    row[i] = at / 2;
+                    t[i] = (pk_real)(at % 2 ? b : a);
+                    factor[i] = 0;
+                } else {
+                    const pk__piece *piece = &side->pieces.piece[side->first[first] + (at - 2 * some) / n];
+                    const size_t q = (at - 2 * some) % n;
+                    row[i] = piece->row - first;
+                    t[i] = (pk_real)(piece->a + (piece->b - piece->a) * node[q]);
+                    factor[i] = (piece->b - piece->a) * weight[q];
+                }
+            }
+            pk__path_forward(&rows->path, together, row, t);
+            if (graph->nodes[last].varies)
+                pk__path_tangent(&rows->path, 0, together, row, t);
+            for (size_t i = 0; i < together; i++) {
+                const size_t own = (first + row[i]) * kept;
+                const pk_real *f = pk__pass_output(&rows->path.tape) + i * C,
+                              *target = criterion ? of->targets + (first + row[i]) * C : NULL;
+                double *const value = ((p + i) % 2 ? end : start) + own;
+                const int is_end = p + i < 2 * some;
+                if (!is_end && !graph->nodes[last].varies)
+                    continue;
+                const pk_real *tangent = is_end ? NULL : rows->path.tape.tangent[last] + i * C;
+                if (criterion && !is_end)
+                    pk_criterion_gradient(criterion, C, f, target, seed);
                 for (size_t c = 0; c < kept; c++) {
-                    double slope = tangent[c];
-                    for (size_t k = criterion ? 0 : C; k < C; k++)
-                        slope = (k ? slope : 0) + (double)seed[k] * tangent[k];
-                    change[r * kept + c] += (piece->b - piece->a) * weight[q] * slope;
+                    if (is_end) {
+                        value[c] = criterion ? pk_criterion_value(criterion, C, f, target) : (double)f[c];
+                        continue;
+                    }
+                    double slope = criterion ? 0 : (double)tangent[c];
+                    for (size_t k = 0; criterion && k < C; k++)
+                        slope += (double)seed[k] * tangent[k];
+                    change[own + c] += factor[i] * slope;
                     largest = fmax(largest, fabs(slope));
                 }
             }
@@ -33136,18 +33554,22 @@ static pk_status pk__along_closure(pk__along *along, pk__along_rows *rows, const
     return status;
 }
 
-/* The rows `start` ... of a side with at most `most` points, at least one row. */
+/* The listed rows `start` ... of a side with at most `most` points, at least one row. */
 static pk_status pk__along_points(pk__along *along, pk__along_side *side, size_t start, int nodes, size_t most)
 {
     const pk__gram_rows_of *of = side->of;
-    const size_t D = of->rows.cols, C = along->graph->output_width, n = side->moves ? (size_t)nodes : 1;
+    const size_t D = of->rows.cols, C = along->graph->output_width,
+                 n = side->moves && !side->common ? (size_t)nodes : 1;
     double node[PK__ALONG_ORDER + 1], weight[PK__ALONG_ORDER + 1];
-    size_t end = start + 1;
-    while (end < of->rows.rows && (side->first[end + 1] - side->first[start]) * n <= most)
-        end++;
     side->start = start;
-    side->rows = end - start;
-    side->points = (side->first[end] - side->first[start]) * n;
+    side->rows = side->points = 0;
+    for (size_t i = start; i < side->listed; i++) {
+        const size_t row = side->list[i], own = (side->first[row + 1] - side->first[row]) * n;
+        if (side->rows && side->points + own > most)
+            break;
+        side->at[side->rows++] = side->points;
+        side->points += own;
+    }
     pk_release(along->context, side->inputs);
     side->inputs = NULL;
     const size_t numbers = D + 1 + (of->targets ? C : 0);
@@ -33161,16 +33583,20 @@ static pk_status pk__along_points(pk__along *along, pk__along_side *side, size_t
     side->t = block + side->points * D;
     side->targets = of->targets ? side->t + side->points : NULL;
     pk_gauss_legendre((int)n, node, weight);
-    for (size_t p = 0; p < side->points; p++) {
-        const pk__piece *piece = &side->pieces.piece[side->first[start] + p / n];
-        memcpy(block + p * D, of->rows.data + piece->row * of->rows.ld, D * sizeof *block);
-        side->t[p] = (pk_real)(piece->a + (piece->b - piece->a) * node[p % n]);
-        if (side->labels)
-            side->labels[p] = of->labels[piece->row];
-        if (side->targets)
-            memcpy(side->targets + p * C, of->targets + piece->row * C, C * sizeof *side->targets);
+    for (size_t i = 0, p = 0; i < side->rows; i++) {
+        const size_t row = side->list[start + i];
+        for (size_t j = side->first[row]; j < side->first[row + 1]; j++)
+            for (size_t q = 0; q < n; q++, p++) {
+                const pk__piece *piece = &side->pieces.piece[j];
+                memcpy(block + p * D, of->rows.data + row * of->rows.ld, D * sizeof *block);
+                side->t[p] = (pk_real)(piece->a + (piece->b - piece->a) * node[q]);
+                if (side->labels)
+                    side->labels[p] = of->labels[row];
+                if (side->targets)
+                    memcpy(side->targets + p * C, of->targets + row * C, C * sizeof *side->targets);
+            }
     }
-    along->points += side->moves ? side->points : 0;
+    along->points += side->moves ? side->points * (side->common ? (size_t)nodes : 1) : 0;
     return PK_OK;
 }
 
@@ -33181,9 +33607,10 @@ static pk__gram_rows_of pk__along_rows_of(const pk__along *along, const pk__alon
                                ? side->inputs + side->points * sizeof(int64_t) / sizeof(pk_real)
                                : side->inputs; /* nothing may be added to NULL */
     of.rows = pk_matrix_view(block, side->points, side->of->rows.cols);
-    of.weights = along->w;
-    of.direction = side->moves ? along->direction : NULL;
-    of.t = side->moves ? side->t : NULL;
+    of.weights = side->common ? along->at : along->w;
+    of.moves = side->common;
+    of.direction = side->moves && !side->common ? along->direction : NULL;
+    of.t = side->moves && !side->common ? side->t : NULL;
     of.labels = side->labels;
     of.targets = side->targets;
     return of;
@@ -33218,62 +33645,129 @@ static int pk__along_weights(const pk__along_nodes *nodes, const pk__piece *left
     return 1;
 }
 
-/* to += what the points of two rows give, in each plane. */
-static void pk__along_reduce(const pk__along *along, const pk__along_nodes *nodes, const pk__along_side *x,
-                             const pk__along_side *y, size_t i, size_t j, const pk_real *gram, size_t columns,
-                             double *to)
+/* The weights of the last pair of pieces: many rows have the same ones, the whole step. */
+typedef struct pk__along_pair {
+    double ends[4], W[(PK__ALONG_ORDER + 1) * (PK__ALONG_ORDER + 1)];
+    int known, meet;
+} pk__along_pair;
+
+static int pk__along_pair_weights(const pk__along_nodes *nodes, const pk__along_side *x, const pk__piece *left,
+                                  const pk__along_side *y, const pk__piece *right, pk__along_pair *pair)
 {
-    enum { N = PK__ALONG_ORDER + 1 };
+    const double ends[4] = {left->a, left->b, right->a, right->b};
+    if (!pair->known || memcmp(ends, pair->ends, sizeof ends) != 0) {
+        memcpy(pair->ends, ends, sizeof ends);
+        pair->known = 1;
+        pair->meet = pk__along_weights(nodes, left, x->moves, right, y->moves, pair->W);
+    }
+    return pair->meet;
+}
+
+/* Where the product of output k of row i of x with output l of row j of y stands: turned: x is the right side. */
+static size_t pk__along_place(const pk__along_side *x, const pk__along_side *y, size_t kept, int turned,
+                              size_t plane, size_t i, size_t k, size_t j, size_t l)
+{
+    const size_t rows = (turned ? y : x)->of->rows.rows * kept,
+                 columns = (turned ? x : y)->of->rows.rows * kept;
+    return turned ? (plane * rows + j * kept + l) * columns + i * kept + k
+                  : (plane * rows + i * kept + k) * columns + j * kept + l;
+}
+
+/* to += what the points of row number i of the tile of x give with those of y, in each plane, piece by piece. */
+static void pk__along_reduce(const pk__along *along, const pk__along_nodes *nodes, const pk__along_side *x,
+                             const pk__along_side *y, size_t i, int turned, const pk_real *gram, double *to)
+{
     const size_t kept = pk__along_kept(along, x->of), planes = pk__along_planes(along), ld = y->points * kept;
-    const size_t rows = x->of->rows.rows * kept;
+    const size_t step = y->common ? planes * x->points * kept * ld : kept; /* from a node of y to the next */
+    const size_t row = x->list[x->start + i];
     const int nx = nodes->count[x->moves], ny = nodes->count[y->moves];
-    double W[N * N];
-    for (size_t p = x->first[i]; p < x->first[i + 1]; p++)
-        for (size_t q = y->first[j]; q < y->first[j + 1]; q++) {
-            if (!pk__along_weights(nodes, &x->pieces.piece[p], x->moves, &y->pieces.piece[q], y->moves, W))
-                continue;
-            const size_t px = (p - x->first[x->start]) * (size_t)nx, py = (q - y->first[y->start]) * (size_t)ny;
-            for (size_t plane = 0; plane < planes; plane++)
-                for (size_t k = 0; k < kept; k++)
-                    for (size_t l = 0; l < kept; l++) {
-                        double sum = 0;
-                        for (int u = 0; u < nx; u++)
-                            for (int v = 0; v < ny; v++)
-                                sum += W[u * ny + v] *
-                                       gram[(plane * x->points * kept + (px + (size_t)u) * kept + k) * ld +
-                                            (py + (size_t)v) * kept + l];
-                        to[(plane * rows + i * kept + k) * columns + j * kept + l] += sum;
-                    }
+    pk__along_pair pair;
+    pair.known = 0;
+    const pk__piece whole = {.a = y->a, .b = y->b}; /* of common nodes, however rows with kinks are halved */
+    for (size_t p = x->first[row]; p < x->first[row + 1]; p++)
+        for (size_t j = 0; j < y->rows; j++) {
+            const size_t column = y->list[y->start + j];
+            const size_t end = y->common ? y->first[column] + 1 : y->first[column + 1];
+            for (size_t q = y->first[column]; q < end; q++) {
+                const pk__piece *other = y->common ? &whole : &y->pieces.piece[q];
+                if (!pk__along_pair_weights(nodes, x, &x->pieces.piece[p], y, other, &pair))
+                    continue;
+                const size_t px = x->at[i] + (p - x->first[row]) * (size_t)nx,
+                             py = y->common ? y->at[j] : y->at[j] + (q - y->first[column]) * (size_t)ny;
+                for (size_t plane = 0; plane < planes; plane++)
+                    for (size_t k = 0; k < kept; k++)
+                        for (size_t l = 0; l < kept; l++) {
+                            const pk_real *from =
+                                gram + ((plane * x->points + px) * kept + k) * ld + py * kept + l;
+                            double sum = 0;
+                            for (int u = 0; u < nx; u++)
+                                for (int v = 0; v < ny; v++)
+                                    sum += pair.W[u * ny + v] * from[(size_t)u * kept * ld + (size_t)v * step];
+                            to[pk__along_place(x, y, kept, turned, plane, row, k, column, l)] += sum;
+                        }
+            }
         }
 }
 
-/* to = the integral with n nodes a piece. */
-static pk_status pk__along_meet(pk__along *along, pk__along_side *x, pk__along_side *y, int nodes,
-                                size_t numbers, double *to)
+/* to += the integral with n nodes a piece of the listed rows. */
+static pk_status pk__along_meet(pk__along *along, pk__along_side *x, pk__along_side *y, int turned, int nodes,
+                                double *to)
 {
     const size_t kept = pk__along_kept(along, x->of), planes = pk__along_planes(along);
-    const size_t columns = y->of->rows.rows * kept;
     pk_status status = PK_OK;
     pk__along_nodes rule = {.count = {1, nodes}};
     for (int moves = 0; moves < 2; moves++)
         pk_gauss_legendre(rule.count[moves], rule.node[moves], rule.weight[moves]);
-    memset(to, 0, numbers * sizeof *to);
-    for (size_t i = 0; !status && i < x->of->rows.rows; i += x->rows) {
+    const size_t common = y->common ? (size_t)nodes : 1, P = along->graph->parameters;
+    const double *ones = along->weights;
+    for (size_t q = 0; q < common; q++) {
+        along->weights[q] = 1;
+        for (size_t p = 0; p < (y->common ? P : 0); p++)
+            along->at[q * P + p] = (pk_real)(along->w[p] + (y->a + (y->b - y->a) * rule.node[1][q]) *
+                                                               ((double)along->next[p] - along->w[p]));
+    }
+    for (size_t i = 0; !status && i < x->listed; i += x->rows) {
         status = pk__along_points(along, x, i, nodes, PK__ALONG_POINTS);
-        const size_t left = x->points * kept * kept * planes;
-        for (size_t j = 0; !status && j < y->of->rows.rows; j += y->rows) {
+        const size_t left = x->points * kept * kept * planes * common;
+        for (size_t j = 0; !status && j < y->listed; j += y->rows) {
             pk_real *gram = NULL;
             status = pk__along_points(along, y, j, nodes, pk__max(1, PK__ALONG_TILE / pk__max(left, 1)));
             if (!status)
                 status = pk_allocate(along->context, left, y->points * sizeof *gram, along->name, &gram);
             const pk__gram_rows_of sides[2] = {pk__along_rows_of(along, x), pk__along_rows_of(along, y)};
             if (!status)
-                status = pk__along_gram(along, &sides[0], &sides[1], gram);
+                status = pk__along_gram(along, &sides[0], &sides[1], common, ones, y->common, gram);
             for (size_t r = 0; !status && r < x->rows; r++)
-                for (size_t s = 0; s < y->rows; s++)
-                    pk__along_reduce(along, &rule, x, y, i + r, j + s, gram, columns, to);
+                pk__along_reduce(along, &rule, x, y, r, turned, gram, to);
             pk_release(along->context, gram);
         }
+    }
+    return status;
+}
+
+/* to = the integral with n nodes a piece of all pairs of which one has kinks; sides of which the rows are the same: of the rows
+ * with kinks alone, with all. few: each row with kinks with a few others. */
+static pk_status pk__along_meet_all(pk__along *along, pk__along_side *sides, int same, int nodes,
+                                    const struct pk__along_smooth *few, size_t numbers, double *to)
+{
+    pk__along_side *x = &sides[0], *y = &sides[1];
+    size_t some[PK__ALONG_FEW];
+    pk_status status = PK_OK;
+    memset(to, 0, numbers * sizeof *to);
+    for (int part = 0; part < (same ? 2 : 3) && !status; part++) {
+        const int turned = part == 2;
+        pk__along_side *left = turned ? y : x, *right = turned ? x : y;
+        left->common = 0;
+        left->list = left->kinked, left->listed = left->kinked_count;
+        right->list = part ? right->smooth : right->kinked;
+        right->listed = part ? right->smooth_count : right->kinked_count;
+        right->common = part && right->moves && (size_t)nodes <= along->together;
+        if (few && right->listed) {
+            right->listed = pk__along_spread(right->of, right->listed, right->list, few, !turned, same, some);
+            right->list = some;
+        }
+        if (left->listed && right->listed)
+            status = pk__along_meet(along, left, right, turned, nodes, to);
     }
     return status;
 }
@@ -33281,6 +33775,9 @@ static pk_status pk__along_meet(pk__along *along, pk__along_side *x, pk__along_s
 static void pk__along_side_release(const pk__along *along, pk__along_side *side)
 {
     pk_release(along->context, side->inputs);
+    pk_release(along->context, side->room);
+    if (side->borrowed)
+        return;
     pk_release(along->context, side->pieces.piece);
     pk_release(along->context, side->first);
     pk_release(along->context, side->size);
@@ -33324,79 +33821,208 @@ static double pk__along_blur(const pk__along_side *side)
     return blur;
 }
 
-/* result += the integral over [a, b], where rows have pieces of their own. */
-static pk_status pk__along_window(pk__along *along, pk__along_rows *rows, pk__along_side sides[2], int same,
-                                  double a, double b, int depth, unsigned char *order, size_t numbers,
-                                  double *result)
+/* result += the integrals of the pairs of rows without kinks. */
+static pk_status pk__along_unkinked(pk__along *along, pk__along_side *sides, int same, const int moves[2],
+                                    int nodes, int depth, struct pk__along_smooth *state, double *result)
+{
+    const double a = sides[0].a, b = sides[0].b;
+    const size_t kept = pk__along_kept(along, sides[0].of), planes = pk__along_planes(along),
+                 C = along->graph->output_width, D = along->graph->input_width;
+    struct pk__along_few some[2];
+    pk_status status = PK_OK;
+    memset(some, 0, sizeof some);
+    for (int s = 0; s < (same ? 1 : 2) && !status; s++) {
+        const pk__along_side *side = &sides[s];
+        status =
+            pk_allocate(along->context, side->smooth_count, D * sizeof(pk_real), along->name, &some[s].rows);
+        if (!status && side->of->targets)
+            status = pk_allocate(along->context, side->smooth_count, C * sizeof(pk_real), along->name,
+                                 &some[s].targets);
+        if (!status && side->of->labels)
+            status =
+                pk_allocate(along->context, side->smooth_count, sizeof(int64_t), along->name, &some[s].labels);
+        if (!status)
+            pk__along_gather(side->of, C, side->smooth_count, side->smooth, &some[s]);
+    }
+    const pk__gram_rows_of *left = &some[0].of, *right = same ? NULL : &some[1].of;
+    const pk__along_side *x = &sides[0], *y = &sides[same ? 0 : 1];
+    const size_t rows = x->smooth_count * kept, columns = y->smooth_count * kept;
+    memset(along->some, 0, planes * rows * columns * sizeof *along->some);
+    for (int s = 0; s < 2; s++) { /* the worst rows, by their numbers among these */
+        const pk__along_side *side = s ? y : x;
+        size_t at = 0;
+        while (at < side->smooth_count && side->smooth[at] < state->worst[s])
+            at++;
+        state->worst[s] = at;
+    }
+    if (!status && rows && columns)
+        status = nodes ? pk__along_gauss(along, left, right, moves, a, b, nodes, along->some)
+                       : pk__along_piece(along, left, right, moves, a, b, depth, state, planes * rows * columns,
+                                         along->some);
+    for (int s = 0; s < 2; s++) {
+        const pk__along_side *side = s ? y : x;
+        state->worst[s] = state->worst[s] < side->smooth_count ? side->smooth[state->worst[s]] : 0;
+    }
+    for (size_t p = 0; !status && p < planes; p++)
+        for (size_t i = 0; i < rows; i++)
+            for (size_t j = 0; j < columns; j++) {
+                const double value = along->some[(p * rows + i) * columns + j];
+                result[pk__along_place(x, y, kept, 0, p, x->smooth[i / kept], i % kept, y->smooth[j / kept],
+                                       j % kept)] += value;
+                along->scale = fmax(along->scale, fabs(value));
+            }
+    for (int s = 0; s < 2; s++) {
+        pk_release(along->context, some[s].rows);
+        pk_release(along->context, some[s].targets);
+        pk_release(along->context, some[s].labels);
+    }
+    return status;
+}
+
+/* Adds the integrals of the pairs of which one has kinks, in along->fine, to result, and returns the largest. Where the sides are the same rows, those of
+ * rows with kinks are there alone: the others are their mirror images, and of two that were computed one is the other's. */
+static double pk__along_put(pk__along *along, const pk__along_side *sides, int same, double *result)
+{
+    double largest = 0;
+    const size_t kept = pk__along_kept(along, sides[0].of), planes = pk__along_planes(along);
+    const pk__along_side *x = &sides[0], *y = &sides[1];
+    for (int turned = 0; turned < (same ? 1 : 2); turned++) {
+        const pk__along_side *left = turned ? y : x, *right = turned ? x : y;
+        const size_t columns = turned ? right->smooth_count : right->of->rows.rows;
+        for (size_t p = 0; p < planes; p++)
+            for (size_t i = 0; i < left->kinked_count * kept; i++)
+                for (size_t j = 0; j < columns * kept; j++) {
+                    const size_t row = left->kinked[i / kept], k = i % kept,
+                                 column = turned ? right->smooth[j / kept] : j / kept, l = j % kept;
+                    const size_t at = pk__along_place(left, right, kept, turned, p, row, k, column, l);
+                    const size_t mirrored = pk__along_place(left, right, kept, 0, p, column, l, row, k);
+                    const int other = same && sides[0].is_kinked[column];
+                    largest = fmax(largest, fabs(along->fine[at]));
+                    if (other && row * kept + k > column * kept + l)
+                        continue;
+                    result[at] += along->fine[at];
+                    if (same && mirrored != at)
+                        result[mirrored] += along->fine[at];
+                }
+    }
+    along->scale = fmax(along->scale, largest);
+    return largest;
+}
+
+/* along->fine = the integrals of the pairs of which one has kinks, with so many nodes, or with enough. */
+static pk_status pk__along_pairs(pk__along *along, pk__along_rows *rows, pk__along_side *sides, int same,
+                                 int nodes, struct pk__along_smooth *state, size_t numbers, int *used)
 {
     const pk_graph *graph = along->graph;
-    const int both = sides[0].moves && sides[1].moves;
-    int degree = -1, exact = graph->degree <= PK__PATH_DEGREE && !rows->path.interpolates;
-    for (int s = 0; s < 2; s++) {
-        const int own = sides[s].moves ? pk__along_degree(along, sides[s].of) : 0;
-        exact &= own >= 0;
-        degree = own > degree ? own : degree;
-    }
-    int nodes = both ? degree + 1 : degree / 2 + 1, done = 0;
-    exact &= nodes <= PK__ALONG_ORDER;
-    if (!exact)
-        nodes = rows->far ? PK__PIECE_NODES : *order ? *order : 3;
-    double missed = 0;
+    const size_t kept = pk__along_kept(along, sides[0].of), x = sides[0].of->rows.rows,
+                 y = sides[1].of->rows.rows;
     pk_status status = PK_OK;
+    double apart = 0, allowed = 0;
+    *used = nodes;
+    if (nodes)
+        return pk__along_meet_all(along, sides, same, nodes, NULL, numbers, along->fine);
     const int refined = rows->far ? 1 : PK__ALONG_REFINED; /* of pieces that are short enough already */
-    for (int halved = 0; !status && !done && halved <= refined; halved++) {
+    nodes = rows->far ? PK__PIECE_NODES : state->nodes ? state->nodes : 3;
+    if (!rows->far &&
+        pk__along_can_spot(state, x,
+                           y)) { /* each row with kinks and a few others tell how many nodes all need */
+        const size_t points = along->points;
+        int found = 0;
+        status = pk__along_meet_all(along, sides, same, nodes, state, numbers, along->coarse);
+        for (int tried = 0; !status && !found && tried < 4 && nodes < PK__ALONG_ORDER; tried++, nodes++) {
+            status = pk__along_meet_all(along, sides, same, nodes + 1, state, numbers, along->fine);
+            apart = PK__ALONG_SPARE * pk__along_apart(along, numbers, x, y, kept);
+            allowed = pk__along_allowed(along);
+            found = apart <= allowed ? nodes : 0;
+            pk__along_swap(along);
+        }
+        along->points = points;
+        if (!status && found) {
+            status = pk__along_meet_all(along, sides, same, found, NULL, numbers, along->fine);
+            along->error += apart;
+            state->nodes = pk__along_next(found, apart, allowed);
+            state->since++;
+            *used = found;
+            return status;
+        }
+        nodes = state->nodes;
+    }
+    state->since = 0;
+    for (int halved = 0; !status && halved <= refined; halved++, nodes = 4) {
         double before = INFINITY;
-        for (int s = 0; !status && s < 2; s++)
-            status = pk__along_find(along, rows, &sides[s], a, b, halved);
-        /* All pieces of one row are multiplied with all of another: where there are many, those that are near. */
-        if (!status && rows->far && !halved && depth < PK__ALONG_DEPTH &&
-            along->halvings < PK__ALONG_HALVINGS &&
-            pk__max(pk__along_most(&sides[0]), pk__along_most(&sides[1])) > PK__ALONG_WINDOW) {
-            const double middle = 0.5 * (a + b);
-            along->halvings++;
-            status = pk__along_window(along, rows, sides, same, a, middle, depth + 1, order, numbers, result);
-            return status ? status
-                          : pk__along_window(along, rows, sides, same, middle, b, depth + 1, order, numbers,
-                                             result);
-        }
+        if (halved)
+            status = pk__along_find_both(along, rows, sides, same, sides[0].a, sides[0].b, halved);
         if (!status)
-            status = pk__along_meet(along, &sides[0], &sides[1], nodes, numbers,
-                                    exact ? along->fine : along->coarse);
-        if (!status && exact) {
-            memcpy(along->coarse, along->fine, numbers * sizeof *along->fine);
-            pk__along_apart(along, numbers);
-            done = 1;
-        }
-        for (int tried = 0; !status && !done; nodes++, tried++) {
-            status = pk__along_meet(along, &sides[0], &sides[1], nodes + 1, numbers, along->fine);
-            const double apart = pk__along_apart(along, numbers), allowed = pk__along_allowed(along);
+            status = pk__along_meet_all(along, sides, same, nodes, NULL, numbers, along->coarse);
+        for (int tried = 0; !status; nodes++, tried++) {
+            status = pk__along_meet_all(along, sides, same, nodes + 1, NULL, numbers, along->fine);
+            apart = pk__along_apart(along, numbers, x, y, kept);
+            memcpy(state->worst, along->worst, sizeof state->worst);
+            allowed = pk__along_allowed(along);
             const int last = halved == refined || graph->surrogate;
-            done = !status && (apart <= allowed || (last && nodes + 1 >= PK__ALONG_ORDER));
-            if (done) {
+            if (!status && (apart <= allowed || (last && nodes + 1 >= PK__ALONG_ORDER))) {
                 along->error += apart;
                 along->refused += apart > allowed;
-                *order = (unsigned char)(apart < 1e-3 * allowed && nodes > 1 ? nodes - 1 : nodes);
-                break;
+                state->nodes = pk__along_next(nodes, apart, allowed);
+                *used = nodes;
+                return PK_OK;
             }
             if (nodes + 1 >= PK__ALONG_ORDER || (!last && tried >= 4 && apart > before / 2))
                 break;
             before = apart;
             pk__along_swap(along);
         }
-        if (!done)
-            nodes = 4;
     }
-    for (int s = 0; s < (same ? 1 : 2) && !status && !graph->surrogate; s++)
-        if (sides[s].moves)
-            status = pk__along_closure(along, rows, &sides[s], a, b, (int)pk__min(nodes + 1, PK__ALONG_ORDER),
-                                       &missed);
+    return status;
+}
+
+/* result += the integral over [a, b], where rows have pieces of their own. */
+static pk_status pk__along_window(pk__along *along, pk__along_rows *rows, pk__along_side sides[2], int same,
+                                  double a, double b, int depth, pk__along_order *order, size_t numbers,
+                                  double *result)
+{
+    const pk_graph *graph = along->graph;
+    const int moves[2] = {sides[0].moves, sides[1].moves}, both = moves[0] && moves[1];
+    int degree = -1, exact = graph->degree <= PK__PATH_DEGREE && !rows->path.interpolates;
+    for (int s = 0; s < 2; s++) {
+        const int own = moves[s] ? pk__along_degree(along, sides[s].of) : 0;
+        exact &= own >= 0;
+        degree = own > degree ? own : degree;
+    }
+    int nodes = both ? degree + 1 : degree / 2 + 1;
+    if (!exact || nodes > PK__ALONG_ORDER)
+        nodes = 0;
+    int used = nodes;
+    double missed = 0, largest = 0;
+    pk_status status = pk__along_find_both(along, rows, sides, same, a, b, 0);
+    /* All pieces of one row are multiplied with all of another: where there are many, those that are near. */
+    if (!status && rows->far && depth < PK__ALONG_DEPTH && along->halvings < PK__ALONG_HALVINGS &&
+        pk__max(pk__along_most(&sides[0]), pk__along_most(&sides[1])) > PK__ALONG_WINDOW) {
+        const double middle = 0.5 * (a + b);
+        along->halvings++;
+        status = pk__along_window(along, rows, sides, same, a, middle, depth + 1, order, numbers, result);
+        return status
+                   ? status
+                   : pk__along_window(along, rows, sides, same, middle, b, depth + 1, order, numbers, result);
+    }
+    if (!status)
+        status = pk__along_unkinked(along, sides, same, moves, nodes, depth, &order->smooth, result);
+    if (!status && (sides[0].kinked_count || sides[1].kinked_count)) {
+        status = pk__along_pairs(along, rows, sides, same, nodes, &order->kinked, numbers, &used);
+        if (!status)
+            largest = pk__along_put(along, sides, same, result);
+    }
+    /* With a few nodes more than the integrals had, and where these are too few for df/dt of a row without kinks, with many. */
+    for (int s = 0; s < (same ? 1 : 2) && !graph->surrogate; s++)
+        for (int n = pk__min(pk__max(used, 2) + 1, PK__ALONG_ORDER); moves[s] && !status && n;) {
+            double own = 0;
+            status = pk__along_closure(along, rows, &sides[s], n, &own);
+            const int again = own * along->scale > pk__along_allowed(along) && n < PK__ALONG_ORDER;
+            missed = again ? missed : fmax(missed, own);
+            n = again ? PK__ALONG_ORDER : 0;
+        }
     if (status)
         return status;
-    double largest = 0;
-    for (size_t i = 0; i < numbers; i++) {
-        result[i] += along->fine[i];
-        largest = fmax(largest, fabs(along->fine[i]));
-    }
     missed *= along->scale;
     if (rows->far) /* between kinks, short pieces are a small part of the integral */
         missed += fmax(pk__along_blur(&sides[0]), pk__along_blur(&sides[1])) * largest;
@@ -33408,7 +34034,7 @@ static pk_status pk__along_window(pk__along *along, pk__along_rows *rows, pk__al
 /* result = the integral where rows have pieces of their own, or, where neither network nor loss have kinks and the rows are
  * steady, untouched with *steady = 1. */
 static pk_status pk__along_kinked(pk__along *along, const pk__gram_rows_of *left, const pk__gram_rows_of *right,
-                                  const int moves[2], unsigned char *order, size_t numbers, double *result,
+                                  const int moves[2], pk__along_order *order, size_t numbers, double *result,
                                   int *steady)
 {
     const pk_graph *graph = along->graph;
@@ -33438,12 +34064,6 @@ static pk_status pk__along_kinked(pk__along *along, const pk__gram_rows_of *left
     *steady = !kinks && !rows.far;
     if (!*steady)
         status = pk__along_window(along, &rows, sides, !right, 0, 1, 0, order, numbers, result);
-    /* Both halves are computed, each from its own products: one is the other's mirror image. */
-    const size_t kept = pk__along_kept(along, left), n = left->rows.rows * kept;
-    for (size_t plane = 0; !status && !*steady && !right && plane < pk__along_planes(along); plane++)
-        for (size_t i = 0; i < n; i++)
-            for (size_t j = 0; j < i; j++)
-                result[(plane * n + i) * n + j] = result[(plane * n + j) * n + i];
     for (int s = 0; s < 2; s++)
         pk__along_side_release(along, &sides[s]);
     pk_release(along->context, rows.memory);
@@ -33454,10 +34074,9 @@ static pk_status pk__along_kinked(pk__along *along, const pk__gram_rows_of *left
 
 PK__INTERNAL pk_status pk__along_integrate(pk__along *along, const pk__gram_rows_of *left,
                                            const pk__gram_rows_of *right, const int moves[2],
-                                           unsigned char *order, double *result)
+                                           pk__along_order *order, double *result)
 {
-    const size_t kept = pk__along_kept(along, left), planes = pk__along_planes(along);
-    const size_t numbers = planes * left->rows.rows * kept * (right ? right : left)->rows.rows * kept;
+    const size_t numbers = pk__along_numbers(along, left, right);
     const pk_rule rule = moves[0] || moves[1] ? along->rule.rule : PK_RULE_LEFT;
     const int nodes = pk__max(along->rule.nodes, rule == PK_RULE_TRAPEZOID ? 2 : 1);
     pk_status status = PK_OK;
@@ -33477,18 +34096,23 @@ PK__INTERNAL pk_status pk__along_integrate(pk__along *along, const pk__gram_rows
             degree = own < 0 || degree < 0 ? -1 : degree + own;
         }
         return degree >= 0 && degree < PK__ALONG_NODES
-                   ? pk__along_gauss(along, left, right, moves, 0, 1, degree / 2 + 1, numbers, result)
-                   : pk__along_piece(along, left, right, moves, 0, 1, 0, order, numbers, result);
+                   ? pk__along_gauss(along, left, right, moves, 0, 1, degree / 2 + 1, result)
+                   : pk__along_piece(along, left, right, moves, 0, 1, 0, &order->smooth, numbers, result);
     }
     if (rule == PK_RULE_GAUSS)
-        return pk__along_gauss(along, left, right, moves, 0, 1, nodes, numbers, result);
-    if (!moves[0] && !moves[1])
-        return pk__along_add(along, left, right, moves, 0, 1, result);
-    for (int q = 0; !status && q < nodes; q++) {
-        const int ends = rule == PK_RULE_TRAPEZOID;
-        const double t = ends ? q / (double)(nodes - 1) : (q + (rule == PK_RULE_MIDPOINT ? 0.5 : 0)) / nodes;
-        const double weight = ends ? (q == 0 || q == nodes - 1 ? 0.5 : 1) / (nodes - 1) : 1.0 / nodes;
-        status = pk__along_add(along, left, right, moves, t, weight, result);
+        return pk__along_gauss(along, left, right, moves, 0, 1, nodes, result);
+    const int moving = moves[0] || moves[1], ends = rule == PK_RULE_TRAPEZOID, all = moving ? nodes : 1;
+    double *part = along->coarse;
+    for (int first = 0, count; first < all && !status; first += count) {
+        count = pk__min(all - first, PK__ALONG_NODES);
+        for (int i = 0; i < count; i++) {
+            const int q = first + i;
+            along->nodes[i] = ends ? q / (double)(nodes - 1) : (q + (rule == PK_RULE_MIDPOINT ? 0.5 : 0)) / all;
+            along->weights[i] = ends ? (q == 0 || q == nodes - 1 ? 0.5 : 1) / (nodes - 1) : 1.0 / all;
+        }
+        status = pk__along_sum(along, left, right, moves, (size_t)count, along->nodes, along->weights, part);
+        for (size_t i = 0; !status && i < numbers; i++)
+            result[i] += part[i];
     }
     return status;
 }
@@ -33567,8 +34191,8 @@ typedef struct pk__kernel_pass {
     size_t step;
     double *c; /* N: of the step */
     pk_real *w, *next;
-    unsigned char *order; /* of each term and pair of blocks */
-    size_t orders;        /* of a term */
+    pk__along_order *order; /* of each term and pair of blocks */
+    size_t orders;          /* of a term */
     /* Of one pair of blocks: the rows that count. */
     struct pk__kernel_rows {
         size_t count, *index; /* of the side's rows */
@@ -33583,7 +34207,7 @@ typedef struct pk__kernel_pass {
 
 /* ---- the pass: what it takes --------------------------------------------------------------------------- */
 
-enum { PK__KERNEL_ROWS = 256, PK__KERNEL_NUMBERS = 1 << 20 };
+enum { PK__KERNEL_ROWS = 512, PK__KERNEL_NUMBERS = 1 << 20 };
 
 PK__INTERNAL size_t pk__kernel_block(const pk_run *run, const pk_kernel_options *options)
 {
@@ -33659,7 +34283,7 @@ static void pk__kernel_pass_take(pk__arena *arena, pk__kernel_pass *pass)
     const size_t P = run->parameters, D = run->graph.input_width, C = run->outputs, B = pk__pass_block(pass);
     pass->w = pk__arena_take(arena, P, sizeof(pk_real));
     pass->next = pk__arena_take(arena, P, sizeof(pk_real));
-    pass->order = pk__arena_take(arena, pass->terms, pk__max(pass->orders, 1));
+    pass->order = pk__arena_take(arena, pass->terms, pk__max(pass->orders, 1) * sizeof *pass->order);
     pass->block = pk__arena_take(arena, pass->capacity, sizeof(double));
     for (int s = 0; s < 2; s++) {
         pass->rows[s].index = pk__arena_take(arena, B, sizeof(size_t));
@@ -33805,7 +34429,7 @@ static pk_status pk__kernel_fed(pk__kernel_pass *pass, const pk__kernel_term *te
 
 /* block = the products of the rows that were chosen. */
 static pk_status pk__kernel_multiply(pk__kernel_pass *pass, const pk__kernel_term *term, int full, int by_layer,
-                                     unsigned char *order)
+                                     pk__along_order *order)
 {
     const struct pk__kernel_rows *rows = pass->rows;
     const size_t first[2] = {rows[0].count ? rows[0].index[0] : 0, rows[1].count ? rows[1].index[0] : 1};
@@ -33975,7 +34599,8 @@ static pk_status pk__kernel_diagonal(pk__kernel_pass *pass, pk__kernel *kernel, 
     const size_t some = pk__min(8, pk__pass_block(pass));
     const pk__kernel_term term = pk__kernel_term_of(pass, kernel, s, s);
     const pk__kernel_side *side = &pass->side[term.side[0]];
-    unsigned char order = 0;
+    pk__along_order order;
+    memset(&order, 0, sizeof order);
     size_t slot = 0;
     if (!pk__kernel_takes(pass, kernel, pass->step, 0, &slot))
         return PK_OK;
@@ -34125,17 +34750,20 @@ static void pk__kernel_pass_set(pk__kernel_pass *pass, const pk_dataset *left, c
     }
     pk__kernel_terms(pass);
     const size_t B = pk__pass_block(pass);
-    size_t width = 1, layers = 1, most = 1, rows_of_all = 1;
+    size_t width = 1, layers = 1, most = 1, sides[2] = {1, 1};
     for (size_t k = 0; k < pass->count; k++) {
-        rows_of_all = pk__max(rows_of_all, pk__max(pass->kernel[k].rows, pass->kernel[k].columns));
+        sides[0] = pk__max(sides[0], pass->kernel[k].rows);
+        sides[1] = pk__max(sides[1], pass->kernel[k].columns);
         width = pk__max(width, pass->kernel[k].width);
         layers = pk__max(layers, pass->kernel[k].layers);
         most =
             pk__max(most, pk__max(pk__blocks(pass->kernel[k].rows, B), pk__blocks(pass->kernel[k].columns, B)));
     }
     pass->orders = most * most;
-    const size_t numbers = pk__min(B, rows_of_all) * width;
-    pass->capacity = numbers * numbers * layers;
+    /* a diagonal takes rows of one side with themselves */
+    const size_t some = pk__min(B, pk__max(pk__min(sides[0], sides[1]), 8)),
+                 all = pk__min(B, pk__max(pk__max(sides[0], sides[1]), 8));
+    pass->capacity = some * width * all * width * layers;
 }
 
 static void pk__kernel_pass_release(pk__kernel_pass *pass)
@@ -34376,7 +35004,7 @@ static size_t pk__kernel_beside(const pk_run *run, const pk_dataset *left, const
             most = pk__max(most, planes * (2 * rows + columns) * sizeof(double));
         pairs = pk__max(pairs, blocks * blocks);
     }
-    return most + count * pairs + 1024; /* what allocations add */
+    return most + count * pairs * sizeof(pk__along_order) + 1024; /* what allocations add */
 }
 
 PK_API pk_status pk_kernels(pk_context *context, const pk_run *run, const pk_dataset *left,
