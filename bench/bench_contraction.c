@@ -294,7 +294,7 @@ static pk_status job_fill(pk_context *context, job *j)
     j->data.inputs = pk_array_view(type, 2, inputs, j->train);
     j->data.targets = pk_array_view(type, 2, targets, j->targets);
     const pk_criterion squared = {.loss = PK_SQUARED};
-    pk__examples_begin(&j->examples, &batch);
+    pk__examples_begin(&j->examples, &batch, NULL, 0);
     for (size_t first = 0; first < j->batch; first += PK__EXAMPLE_BLOCK)
         pk__examples_fill(&j->examples, &j->graph, &squared, j->weights, &j->data, &batch, first, &j->workspace,
                           NULL);

@@ -948,7 +948,7 @@ JOB(job_window)
         pk__steps_begin(&m->kept, &window);
         window.representation.outputs = 2;
         window.representation.batch = window.largest_batch;
-        window.representation.materialised = 1;
+        window.representation.materialized = 1;
         pk__steps_take(&arena, 2, 1, 0, 1, 0, &window);
         assert_true(arena.used < (size_t)1 << 20);
     }

@@ -277,7 +277,7 @@ static void test_examples(void **state)
         pk__examples_take(&arena, &graph, 9, &representation, &examples);
         pk__example_workspace_take(&arena, &graph, PK__EXAMPLE_BLOCK, w);
     }
-    pk__examples_begin(&examples, &batch);
+    pk__examples_begin(&examples, &batch, NULL, 0);
     assert_int_equal(examples.count, 9);
     assert_int_equal(examples.consecutive, 0);
     const pk_criterion squared = {.loss = PK_SQUARED};
@@ -304,7 +304,7 @@ static void test_examples(void **state)
     }
     assert_true(fixture_largest(P, gradient) <= ROUNDING(1e-13));
     const pk_batch run = {4, items, NULL};
-    pk__examples_begin(&examples, &run);
+    pk__examples_begin(&examples, &run, NULL, 0);
     assert_int_equal(examples.consecutive, 1);
     pk_gradient_release(&context, &single);
     pk_release(&context, memory);

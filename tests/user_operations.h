@@ -135,7 +135,7 @@ FIXTURE void user_scale_gradient(const pk_call *call)
     }
 }
 
-/* Dense with its gradients materialised row by row. */
+/* Dense with its gradients materialized row by row. */
 FIXTURE void user_dense_rows(const pk_call *call)
 {
     const size_t out = call->node->width, in = call->in_width[0], weights = call->node->weight_count;

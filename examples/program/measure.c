@@ -160,7 +160,7 @@ static int measure_logits(measuring *job)
     return PROGRAM_GO_ON;
 }
 
-static int measure(measuring *job)
+static int measure_arrays(measuring *job)
 {
     const measure_settings *set = job->set;
     pk_type type;
@@ -198,7 +198,7 @@ static int run_measure(const program_command *command, int count, char **argumen
     start_with_short_spin(set.threads);
     job.set = &set;
     job.context.threads = set.threads;
-    status = measure(&job);
+    status = measure_arrays(&job);
     pk_release(&job.context, job.targets);
     pk_release(&job.context, job.numbers[1]);
     pk_release(&job.context, job.numbers[0]);
