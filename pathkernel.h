@@ -763,7 +763,7 @@ PK__END_C
  * a shape and the list of its uses, that is of the parameter tensors of nodes that read it. Parameter groups, tied
  * weights and the columns of by_layer are properties of blocks.
  *
- * Where a block has several uses, each node still works on its own numbers, one after the other in a spread vector E w of
+ * Where a block has several uses, each node still works on its own numbers, one after the other in the untied weights E w,
  * copies and transposes: f(w) = F(E w), and the gradient with respect to w is E^T that of F. Without ties E is the
  * identity, and nothing is copied.
  */
@@ -851,7 +851,7 @@ typedef struct pk_node {
     int inputs[PK_NODE_INPUTS]; /* earlier nodes */
     pk_shape shape;
     size_t width;
-    size_t weight_offset, weight_count; /* in the spread vector, which is w itself in a graph without ties */
+    size_t weight_offset, weight_count; /* in the untied weights, which are w itself in a graph without ties */
     int tensor_count;
     pk_parameter_tensor tensors[PK_NODE_TENSORS]; /* all of its weights, one after the other */
     int shares;                                   /* another node uses one of its blocks, too */
@@ -867,7 +867,7 @@ typedef struct pk_node {
     /* Along a line w + t d: */
     int varies;         /* the value depends on t */
     int degree;         /* the value is a (piecewise) polynomial in t of at most this degree; -1: it is not */
-    int input_degree; /* the same of its inputs, and so of its switch functions */
+    int input_degree;   /* the same of its inputs, and so of its switch functions */
     int input_constant; /* no input depends on t */
     int cotangent_constant;     /* d output / d value does not depend on t */
     int shared[PK_NODE_INPUTS]; /* a later node (or an earlier input) reads the same node */
@@ -939,7 +939,7 @@ typedef struct pk_graph {
     size_t node_count, node_capacity;
     pk_node *nodes;    /* in topological order; nodes[0] is the input, the last one the output */
     size_t parameters; /* P, of w */
-    size_t spread;     /* of the spread vector: the sum of the nodes' weight_count */
+    size_t untied;     /* the number of untied weights: the sum of the nodes' weight_count */
     size_t columns;    /* of by_layer: nodes that are the first to use a block */
     size_t block_count, use_count, tensor_capacity;
     pk_weight_block *blocks; /* owned */
@@ -976,10 +976,10 @@ PK_API PK__MUST_USE pk_status pk_graph_add_constants(pk_context *context, pk_gra
  * transposed matrix, of the transposed shape. PK_ARGUMENT or PK_SHAPE name both; the graph is unchanged then. */
 PK_API PK__MUST_USE pk_status pk_graph_tie(pk_context *context, pk_graph *graph, int node, int tensor,
                                            int other, int transposed);
-/* spread (graph->spread) = E flat (graph->parameters). */
-PK_API void pk_graph_spread(const pk_graph *graph, const pk_real *flat, pk_real *spread);
-/* flat = E^T spread: the sum over the uses of each block. flat may be the same array as spread. */
-PK_API void pk_graph_gather(const pk_graph *graph, const pk_real *spread, pk_real *flat);
+/* untied (graph->untied) = E flat (graph->parameters). */
+PK_API void pk_graph_untie(const pk_graph *graph, const pk_real *flat, pk_real *untied);
+/* flat = E^T untied: the sum over the uses of each block. flat may be the same array as untied. */
+PK_API void pk_graph_gather(const pk_graph *graph, const pk_real *untied, pk_real *flat);
 /* Checks a row of data (input width) against the operations that read it: tokens are whole numbers below the vocabulary's
  * size. PK_ARGUMENT names the row by its number. */
 PK_API PK__MUST_USE pk_status pk_graph_check_inputs(pk_context *context, const pk_graph *graph, size_t row,
@@ -1353,7 +1353,7 @@ typedef struct pk_gradient_workspace {
     struct pk__gradient_lane *lanes;   /* threads: a tape and the rows of one block */
     struct pk__gradient_group *groups; /* one result a group */
     pk_real *partial;                  /* (groups - 1) x P */
-    pk_real *spread;                   /* with ties: weights and gradient in the layout of the spread vector */
+    pk_real *untied;                   /* with ties: weights and gradient in the layout of the untied weights */
     void *memory;
 } pk_gradient_workspace;
 
@@ -3271,7 +3271,7 @@ PK__END_C
 /* pathkernel/kernels/sketch.h: tangent kernels from few numbers a row, with the error that this makes.
  *
  * Gradients of P numbers are mapped to m numbers by a random linear map R with E R^T R = 1, so that products are kept on
- * average (Johnson and Lindenstrauss 1984), with a spread of about sqrt(2 / m) of |g| |g'|:
+ * average (Johnson and Lindenstrauss 1984), with a untied of about sqrt(2 / m) of |g| |g'|:
  *     Rademacher   R_ip = +-1 / sqrt(m)                                                                       m P a row
  *     SRHT         R = sqrt(1/m) (m rows of H, drawn without replacement) D, D signs, H Walsh and Hadamard's matrix of
  *                  n = 2^k >= P numbers (Ailon and Chazelle 2006; Tropp 2011)                                n log n a row
@@ -3625,7 +3625,8 @@ typedef struct pk__piece {
     unsigned char joined; /* there is no kink at a: the piece in front goes on smoothly */
     unsigned char order, nested,
         accepted; /* its nodes; how they are judged; whether they are part of the result */
-    unsigned char unsplit; /* its kinks have not been looked for: each node has the mean slopes of its stretch */
+    unsigned char
+        unsplit; /* its kinks have not been looked for: each node has the mean slopes of its stretch */
     /* Then: at least so many switch functions have another sign at its end; how far the mean inputs of layers by two rules are
      * apart, relative to their size. */
     size_t kinks;
@@ -3664,7 +3665,7 @@ typedef struct pk__path {
     pk_real *point_t;
     size_t *from, *to; /* of points with mean slopes: the points at the ends of their stretches */
     pk_real *gap;      /* of the same, after pk__path_tangent: pk__tape.gap */
-    size_t held; /* the number of points whose values are in the tape: held_row, held_t */
+    size_t held;       /* the number of points whose values are in the tape: held_row, held_t */
     size_t *held_row;
     pk_real *held_t;
     pk__pieces pending, batch; /* pieces still to be searched for kinks, and those that are sampled now */
@@ -3876,7 +3877,8 @@ typedef struct pk__examples {
     size_t count, ld;
     const int64_t *items;
     int consecutive; /* items[b] == items[0] + b */
-    const pk_array *recorded; /* dl/df of the items, from the row recorded_row on; NULL: the criterion gives it */
+    const pk_array
+        *recorded; /* dl/df of the items, from the row recorded_row on; NULL: the criterion gives it */
     size_t recorded_row;
     pk_real **input, **cotangent, **rows;
 } pk__examples;
@@ -3896,7 +3898,7 @@ PK__INTERNAL void pk__examples_perturb(size_t count, const pk_real *weights, pk_
  * they depend on relative changes of the weights. pk__rounding_allowance times to then holds what rounding leaves of the
  * gradients, also where a loss is nearly zero or terms cancel on the way back. */
 PK__INTERNAL void pk__examples_magnitude(const pk__examples *from, const pk_graph *graph, pk__examples *to);
-/* sum (graph->spread) += the sum of the examples' gradients, separately for each use of a tied tensor. */
+/* sum (graph->untied) += the sum of the examples' gradients, separately for each use of a tied tensor. */
 PK__INTERNAL void pk__examples_sum(const pk__examples *examples, const pk_graph *graph, pk_real *sum);
 /* The rounding allowance of a gradient, relative to its size: c eps, c = 16 nodes + 2 sum over layers (inputs + outputs). */
 PK__INTERNAL double pk__rounding_allowance(const pk_graph *graph);
@@ -3911,7 +3913,7 @@ PK__INTERNAL void pk__example_workspace_take(pk__arena *arena, const pk_graph *g
 PK__INTERNAL void pk__examples_begin(pk__examples *examples, const pk_batch *batch, const pk_array *recorded,
                                      size_t row);
 /* Fills the columns first .. first + PK__EXAMPLE_BLOCK - 1, as far as there are any, with gradients of
- * c_b l_b at the weights; gradient (graph->spread, may be NULL) += their sum, and weights are as many. Cost about 6 P flops an example. */
+ * c_b l_b at the weights; gradient (graph->untied, may be NULL) += their sum, and weights are as many. Cost about 6 P flops an example. */
 PK__INTERNAL void pk__examples_fill(pk__examples *examples, const pk_graph *graph,
                                     const pk_criterion *criterion, const pk_real *weights,
                                     const pk_dataset *data, const pk_batch *batch, size_t first,
@@ -4115,7 +4117,7 @@ typedef struct pk__approximation {
     /* J of the test rows is taken at w_s(at) = w_s + at D_s only, or at weights of their own, instead of along the step: */
     int at_one_point;
     double at;
-    const pk_real *weights; /* graph->spread numbers, or NULL */
+    const pk_real *weights; /* graph->untied numbers, or NULL */
     /* the rule uses only this many equally spaced steps, each with the factor steps / chosen; 0: all steps */
     size_t chosen;
     /* df/dw of the examples is taken at w_s(examples_at) instead of w_s, dl/df too or at w_s: */
@@ -4154,8 +4156,8 @@ typedef struct pk__window {
     size_t first, count;
     pk_real *weights;    /* (count + 1) x P */
     pk_real *direction;  /* count x P: D_s */
-    size_t spread;       /* of the graph: P without ties */
-    pk_real *transposed; /* count x 2 x spread: pk__pass_transpose of weights and direction, or NULL */
+    size_t untied;       /* of the graph: P without ties */
+    pk_real *transposed; /* count x 2 x untied: pk__pass_transpose of weights and direction, or NULL */
     pk_real *remainder;  /* count x P: u_s = D_s - the update recomputed in double; the average's part of it */
     /* Of the test rows: a_s and its steps d_s, count x P. Without an average they are the weights and directions above. */
     pk_real *path_weights, *path_direction;
@@ -4164,26 +4166,26 @@ typedef struct pk__window {
     pk_real *
         preconditioner_error; /* count x pitch, with bounds: what rounding of the gradients may do to p_s, or NULL */
     /* Weights, direction, remainder, preconditioner and its error with one copy for each use of a tied tensor: E w, E D, E u, E p
-     * (graph.h, pk_graph_spread). Without ties there is nothing to copy, and these are the pointers above. */
+     * (graph.h, pk_graph_untie). Without ties there is nothing to copy, and these are the pointers above. */
     size_t uses_pitch;
     pk_real *use_weights, *use_direction, *use_remainder, *use_preconditioner, *use_preconditioner_error,
         *use_decayed, *use_path_weights, *use_path_direction;
     pk_linear_form *forms; /* count x form_count */
     /* count x P, with groups: decay o w_s. With an average and decoupled decay: the average's part of decay o w_s. */
     pk_real *decayed;
-    /* P and spread, of a run that begins with a state: carry_0 m_0, what it gives to m_1; or NULL. */
+    /* P and untied, of a run that begins with a state: carry_0 m_0, what it gives to m_1; or NULL. */
     pk_real *inherited, *use_inherited;
     pk_batch *batches;
     pk__examples *examples, *magnitudes; /* magnitudes: see pk__examples_magnitude, or NULL */
     /* Private: */
-    pk_real *gradient; /* count x partial_sums x spread; the first of a step becomes its whole gradient */
+    pk_real *gradient; /* count x partial_sums x untied; the first of a step becomes its whole gradient */
     /* In parts of PK__STATE_PART parameters. With bounds two more states follow the first: those of an optimizer that
      * receives perturbed gradients. */
     pk_real *state, *update;
     pk__checkpoints checkpoints; /* of the state, by window */
-    pk_real *perturbed;          /* spread + 2 P */
-    pk_real *perturbed_weights;  /* with bounds: count x spread */
-    /* count x spread: the weights at which an approximation takes the examples' gradients, where these are not w_s */
+    pk_real *perturbed;          /* untied + 2 P */
+    pk_real *perturbed_weights;  /* with bounds: count x untied */
+    /* count x untied: the weights at which an approximation takes the examples' gradients, where these are not w_s */
     pk_real *moved_weights;
     size_t states;   /* 1, or 3 with the two states of perturbed gradients */
     size_t advanced; /* windows that were computed again for the optimizer's state alone */
@@ -4276,7 +4278,7 @@ typedef struct pk__along {
     size_t points, refused; /* counted: values of t, or points of rows; pieces accepted although they missed */
     /* Private: */
     size_t numbers, together; /* together: nodes of one matrix product */
-    pk_real *at, *part, *spread;
+    pk_real *at, *part, *untied;
     double *coarse, *fine, *nodes, *weights;
     double scale;
     double *some;    /* of the rows without kinks */
@@ -9480,7 +9482,7 @@ PK__PRIVATE pk_status pk__graph_append(pk_context *context, pk_graph *graph, con
     }
     if (!status)
         status = pk__check_node(context, graph, &node);
-    if (!status && node.weight_count > SIZE_MAX / 4096 - graph->spread)
+    if (!status && node.weight_count > SIZE_MAX / 4096 - graph->untied)
         status = pk__fail(context, PK_OVERFLOW, "%s: the number of parameters overflows", operation->name);
     if (!status)
         status = pk__node_tensors(context, &node);
@@ -9495,8 +9497,8 @@ PK__PRIVATE pk_status pk__graph_append(pk_context *context, pk_graph *graph, con
         return status;
     if (node.weight_count) {
         node.layer = (int)graph->layers++;
-        node.weight_offset = graph->spread;
-        graph->spread += node.weight_count;
+        node.weight_offset = graph->untied;
+        graph->untied += node.weight_count;
         graph->use_count += (size_t)node.tensor_count;
     }
     pk__node_analyse(graph, &node);
@@ -9619,16 +9621,16 @@ PK_API pk_status pk_graph_tie(pk_context *context, pk_graph *graph, int node, in
     return status;
 }
 
-PK_API void pk_graph_spread(const pk_graph *graph, const pk_real *flat, pk_real *spread)
+PK_API void pk_graph_untie(const pk_graph *graph, const pk_real *flat, pk_real *untied)
 {
-    if (!graph->tied && graph->spread)
-        memcpy(spread, flat, graph->spread * sizeof *spread);
+    if (!graph->tied && graph->untied)
+        memcpy(untied, flat, graph->untied * sizeof *untied);
     for (size_t b = 0; graph->tied && b < graph->block_count; b++)
         for (size_t u = 0; u < graph->blocks[b].use_count; u++) {
             const pk_node *node = &graph->nodes[graph->blocks[b].uses[u].node];
             const pk_parameter_tensor *tensor = &node->tensors[graph->blocks[b].uses[u].tensor];
             const pk_real *from = flat + graph->blocks[b].first;
-            pk_real *to = spread + node->weight_offset + tensor->first;
+            pk_real *to = untied + node->weight_offset + tensor->first;
             const size_t rows = tensor->transposed ? tensor->shape.dims[0] : 0, cols = tensor->shape.dims[1];
             if (!rows)
                 memcpy(to, from, tensor->count * sizeof *to);
@@ -9638,17 +9640,17 @@ PK_API void pk_graph_spread(const pk_graph *graph, const pk_real *flat, pk_real 
         }
 }
 
-/* Works in place: a block begins in flat no later than its first use in spread, and blocks come in the order of their first
+/* Works in place: a block begins in flat no later than its first use in untied, and blocks come in the order of their first
  * uses, so that nothing is overwritten before it is read. */
-PK_API void pk_graph_gather(const pk_graph *graph, const pk_real *spread, pk_real *flat)
+PK_API void pk_graph_gather(const pk_graph *graph, const pk_real *untied, pk_real *flat)
 {
-    if (!graph->tied && graph->spread && flat != spread)
-        memcpy(flat, spread, graph->spread * sizeof *spread);
+    if (!graph->tied && graph->untied && flat != untied)
+        memcpy(flat, untied, graph->untied * sizeof *untied);
     for (size_t b = 0; graph->tied && b < graph->block_count; b++)
         for (size_t u = 0; u < graph->blocks[b].use_count; u++) {
             const pk_node *node = &graph->nodes[graph->blocks[b].uses[u].node];
             const pk_parameter_tensor *tensor = &node->tensors[graph->blocks[b].uses[u].tensor];
-            const pk_real *from = spread + node->weight_offset + tensor->first;
+            const pk_real *from = untied + node->weight_offset + tensor->first;
             pk_real *to = flat + graph->blocks[b].first;
             const size_t rows = tensor->transposed ? tensor->shape.dims[0] : 0, cols = tensor->shape.dims[1];
             if (!u)
@@ -9744,7 +9746,7 @@ PK__INTERNAL int pk__pass_transposes(const pk_graph *graph)
     int some = 0;
     for (size_t n = 1; n < graph->node_count; n++)
         some |= pk__is_plain_layer(&graph->nodes[n]);
-    return some && graph->spread <= (size_t)PK__TRANSPOSED;
+    return some && graph->untied <= (size_t)PK__TRANSPOSED;
 }
 
 PK__INTERNAL void pk__pass_transpose(const pk_graph *graph, const pk_real *weights, pk_real *transposed)
@@ -10002,7 +10004,7 @@ static void pk__line_layer(const pk__tape *tape, const pk__line *line, const pk_
     }
     pk__layer_product(node, places, first, line->weights, transposed, (pk_real)bias, to);
     pk__layer_product(node, places, second, line->direction,
-                      transposed ? transposed + tape->graph->spread : NULL, 1, to);
+                      transposed ? transposed + tape->graph->untied : NULL, 1, to);
 }
 
 /* From unit seeds the cotangents of the inputs of a last layer y = (w + t d) a + b are its weights: no product. */
@@ -10084,8 +10086,8 @@ PK__INTERNAL void pk__pass_forward(pk__tape *tape, const pk__line *line, size_t 
 
 PK__INTERNAL int pk__has_mean_slopes(const pk_node *node)
 {
-    return node->operation && node->operation->smoothness == PK_PIECEWISE_LINEAR && node->operation->switch_count &&
-           !node->weight_count && !node->input_constant;
+    return node->operation && node->operation->smoothness == PK_PIECEWISE_LINEAR &&
+           node->operation->switch_count && !node->weight_count && !node->input_constant;
 }
 
 PK__INTERNAL size_t pk__mean_numbers(const pk_graph *graph, size_t copies)
@@ -10121,7 +10123,8 @@ static pk_call pk__call_at(const pk__tape *tape, const pk_node *node, size_t row
 static const pk_real *pk__mean_slopes(const pk__tape *tape, const pk_node *node, size_t p)
 {
     const size_t width = node->width;
-    pk_real *slope = tape->mean, *rule = slope + width, *ones = rule + width; /* rule: the slopes at the start */
+    pk_real *slope = tape->mean, *rule = slope + width,
+            *ones = rule + width; /* rule: the slopes at the start */
     pk_call a = pk__call_at(tape, node, tape->from[p], 1);
     const pk_call b = pk__call_at(tape, node, tape->to[p], 1);
     for (size_t j = 0; j < width; j++)
@@ -10380,12 +10383,12 @@ typedef struct pk__evaluator {
     pk_real *rows; /* PK__EVALUATE_ROWS x D: a block of the inputs */
 } pk__evaluator;
 
-/* *unrolled: the weights in the layout of the spread vector, NULL without ties. */
+/* *untied: the weights in the layout of the untied weights, NULL without ties. */
 static void pk__evaluators_take(pk__arena *arena, const pk_graph *graph, size_t threads,
-                                pk__evaluator **evaluators, pk_real **unrolled)
+                                pk__evaluator **evaluators, pk_real **untied)
 {
     *evaluators = pk__arena_take(arena, threads, sizeof **evaluators);
-    *unrolled = pk__arena_take(arena, graph->tied ? graph->spread : 0, sizeof **unrolled);
+    *untied = pk__arena_take(arena, graph->tied ? graph->untied : 0, sizeof **untied);
     for (size_t thread = 0; thread < threads; thread++) {
         pk__evaluator measured, *own = *evaluators ? *evaluators + thread : &measured;
         pk__pass_take(arena, graph, PK__EVALUATE_ROWS, 0, 0, &own->tape);
@@ -10417,16 +10420,16 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
     size_t threads = pk__min((size_t)pk_threads(context), blocks);
     pk__arena arena = {NULL, 0, 0, 0};
     pk__evaluator *evaluators;
-    pk_real *unrolled;
+    pk_real *untied;
     pk_status status;
     do
-        pk__evaluators_take(&arena, graph, threads, &evaluators, &unrolled);
+        pk__evaluators_take(&arena, graph, threads, &evaluators, &untied);
     while (pk__arena_again(context, &arena, "evaluating the network", &status));
     if (status)
         return status;
-    if (unrolled) {
-        pk_graph_spread(graph, weights, unrolled);
-        weights = unrolled;
+    if (untied) {
+        pk_graph_untie(graph, weights, untied);
+        weights = untied;
     }
     const pk__line line = {weights, NULL, NULL};
     pk__team team = pk__team_of(context, (int)threads, blocks);
@@ -16190,7 +16193,7 @@ PK_API pk_status pk_network_initialize(pk_context *context, const pk_graph *grap
         return pk__fail(context, PK_ARGUMENT, "initialization needs a network and room for its weights");
     pk_real *flat = weights;
     if (graph->tied) {
-        pk_status status = pk_allocate(context, graph->spread, sizeof *weights, "initial weights", &weights);
+        pk_status status = pk_allocate(context, graph->untied, sizeof *weights, "initial weights", &weights);
         if (status)
             return status;
     }
@@ -17210,15 +17213,15 @@ PK__PRIVATE double pk__graph_work(const pk_graph *graph)
 /* Takes the workspace's arrays; its graph, largest_batch and threads are set. */
 PK__PRIVATE void pk__gradient_take(pk__arena *arena, const pk_graph *graph, pk_gradient_workspace *workspace)
 {
-    pk__gradient_plan plan = pk__gradient_cut(graph->spread, workspace->largest_batch);
+    pk__gradient_plan plan = pk__gradient_cut(graph->untied, workspace->largest_batch);
     size_t rows = workspace->largest_batch < plan.block ? workspace->largest_batch : plan.block, partial = 0;
-    if (!pk__multiply(plan.groups > 1 ? plan.groups - 1 : 0, graph->spread, &partial))
+    if (!pk__multiply(plan.groups > 1 ? plan.groups - 1 : 0, graph->untied, &partial))
         arena->overflow = 1;
     workspace->lanes = pk__arena_take(arena, (size_t)workspace->threads, sizeof *workspace->lanes);
     workspace->groups = pk__arena_take(arena, plan.groups, sizeof *workspace->groups);
     workspace->partial = pk__arena_take(arena, partial, sizeof *workspace->partial);
-    workspace->spread =
-        graph->tied ? pk__arena_take(arena, 2, graph->spread * sizeof *workspace->spread) : NULL;
+    workspace->untied =
+        graph->tied ? pk__arena_take(arena, 2, graph->untied * sizeof *workspace->untied) : NULL;
     for (int thread = 0; thread < workspace->threads; thread++) {
         pk__gradient_lane lane;
         size_t inputs = 0, targets = 0;
@@ -17244,7 +17247,7 @@ PK_API pk_status pk_gradient_prepare(pk_context *context, const pk_graph *graph,
     memset(&taken, 0, sizeof taken);
     taken.graph = graph;
     taken.largest_batch = largest_batch;
-    size_t groups = pk__gradient_cut(graph->spread, largest_batch).groups;
+    size_t groups = pk__gradient_cut(graph->untied, largest_batch).groups;
     taken.threads = pk_threads(context);
     if ((size_t)taken.threads > groups)
         taken.threads = (int)groups;
@@ -17347,7 +17350,7 @@ static void pk__gradient_group_run(const pk__gradient_job *job, size_t group, pk
     if (end > batch->count)
         end = batch->count;
     pk__gradient_group sum = {0, SIZE_MAX}; /* results of groups share cache lines: written once */
-    memset(gradient, 0, tape->graph->spread * sizeof *gradient);
+    memset(gradient, 0, tape->graph->untied * sizeof *gradient);
     for (; first < end; first += block) {
         size_t rows = end - first < block ? end - first : block;
         pk__line line = {job->weights, NULL, NULL};
@@ -17449,12 +17452,12 @@ PK_API pk_status pk_batch_gradient_with(pk_context *context, const pk_graph *gra
         pk__gradient_arguments(context, graph, job.rule, weights, dataset, batch, workspace, gradient);
     if (status)
         return status;
-    const size_t parameters = graph->spread;
+    const size_t parameters = graph->untied;
     pk_real *flat = gradient;
     if (graph->tied) {
-        pk_graph_spread(graph, weights, workspace->spread);
-        job.weights = workspace->spread;
-        gradient = workspace->spread + parameters;
+        pk_graph_untie(graph, weights, workspace->untied);
+        job.weights = workspace->untied;
+        gradient = workspace->untied + parameters;
     }
     job.plan = pk__gradient_cut(parameters, batch->count);
     size_t groups = job.plan.groups;
@@ -17524,7 +17527,7 @@ typedef struct pk__sweep_lane {
     pk__tape tape;
     pk_real *inputs, *target; /* block x D, C */
     pk_real **second;         /* by node: the tangent of its cotangent, rows x width */
-    pk_real *spread;          /* with ties: the gradient of a row, of each use of a tensor */
+    pk_real *untied;          /* with ties: the gradient of a row, of each use of a tensor */
     pk_real *zeros;           /* block x the widest input of a layer */
     pk_real *part;            /* 2 x the largest number of weights of a layer */
 } pk__sweep_lane;
@@ -17558,8 +17561,8 @@ static void pk__sweep_take(pk__arena *arena, const pk__sweep *sweep, size_t rows
     pk__pass_take(arena, graph, rows, sweep->copies, sweep->tangents, &lane->tape);
     lane->inputs = pk__arena_take(arena, rows, graph->input_width * sizeof(pk_real));
     lane->target = pk__arena_take(arena, graph->output_width, sizeof(pk_real));
-    lane->spread = graph->tied && sweep->of_weights.data
-                       ? pk__arena_take(arena, graph->spread, sizeof *lane->spread)
+    lane->untied = graph->tied && sweep->of_weights.data
+                       ? pk__arena_take(arena, graph->untied, sizeof *lane->untied)
                        : NULL;
     if (!sweep->second)
         return;
@@ -17599,7 +17602,7 @@ static size_t pk__sweep_group(const pk__sweep *sweep, const pk__gradient_plan *p
     size_t first = plan->blocks * group / plan->groups * plan->block, bad = SIZE_MAX;
     const size_t end = pk__min(plan->blocks * (group + 1) / plan->groups * plan->block, sweep->rows);
     if (sum)
-        memset(sum, 0, sweep->graph->spread * sizeof *sum);
+        memset(sum, 0, sweep->graph->untied * sizeof *sum);
     for (; first < end; first += plan->block) {
         const size_t rows = pk__min(end - first, plan->block);
         pk__sweep_inputs(sweep, first, rows, lane->inputs);
@@ -17619,7 +17622,7 @@ typedef struct pk__sweep_memory {
 static void pk__sweep_memory_take(pk__arena *arena, const pk__sweep *sweep, const pk__gradient_plan *plan,
                                   size_t threads, pk__sweep_memory *memory)
 {
-    const size_t sum = sweep->graph->spread * sizeof *memory->partial;
+    const size_t sum = sweep->graph->untied * sizeof *memory->partial;
     memory->lanes = pk__arena_take(arena, threads, sizeof *memory->lanes);
     memory->bad = pk__arena_take(arena, plan->groups, sizeof *memory->bad);
     memory->partial = pk__arena_take(arena, sweep->sum ? plan->groups - 1 : 0, sum);
@@ -17630,11 +17633,11 @@ static void pk__sweep_memory_take(pk__arena *arena, const pk__sweep *sweep, cons
     }
 }
 
-/* Checks the rows, allocates and computes all blocks; weights and sum have the layout of the spread vector. */
-static pk_status pk__sweep_spread(pk_context *context, const pk__sweep *sweep)
+/* Checks the rows, allocates and computes all blocks; weights and sum have the layout of the untied weights. */
+static pk_status pk__sweep_untied(pk_context *context, const pk__sweep *sweep)
 {
     const pk_graph *graph = sweep->graph;
-    const size_t parameters = graph->spread;
+    const size_t parameters = graph->untied;
     pk__gradient_plan plan = pk__gradient_cut(parameters, sweep->rows);
     if (!sweep->sum) {
         plan.block = sweep->copies > 1 ? pk__max(64 / sweep->copies, 1) : 64;
@@ -17664,12 +17667,12 @@ static pk_status pk__sweep_spread(pk_context *context, const pk__sweep *sweep)
         pk__team team = pk__team_of(context, workers, plan.groups);
         PK__PARALLEL(team)
         for (size_t group = pk__first_task(&team); group < plan.groups; group = pk__next_task(&team))
-            memory.bad[group] = pk__sweep_group(
-                sweep, &plan, group, &memory.lanes[pk__thread()],
-                group && sweep->sum ? memory.partial + (group - 1) * parameters : sweep->sum);
+            memory.bad[group] =
+                pk__sweep_group(sweep, &plan, group, &memory.lanes[pk__thread()],
+                                group && sweep->sum ? memory.partial + (group - 1) * parameters : sweep->sum);
         pk__team_end(&team);
-        const int finite =
-            !sweep->sum || pk__gradient_reduce(context, sweep->sum, memory.partial, plan.groups, parameters, workers);
+        const int finite = !sweep->sum || pk__gradient_reduce(context, sweep->sum, memory.partial, plan.groups,
+                                                              parameters, workers);
         size_t group = 0;
         while (group < plan.groups && memory.bad[group] == SIZE_MAX)
             group++;
@@ -17686,26 +17689,26 @@ static pk_status pk__sweep_spread(pk_context *context, const pk__sweep *sweep)
 static pk_status pk__sweep_run(pk_context *context, const pk__sweep *sweep)
 {
     const pk_graph *graph = sweep->graph;
-    const size_t spread = graph->spread;
+    const size_t untied = graph->untied;
     if (!graph->tied)
-        return pk__sweep_spread(context, sweep);
+        return pk__sweep_untied(context, sweep);
     pk__sweep own = *sweep;
     pk_real *weights, *direction;
     pk_status status;
     pk__arena arena = {NULL, 0, 0, 0};
     do {
-        weights = pk__arena_take(&arena, spread, sizeof *weights);
-        direction = pk__arena_take(&arena, sweep->direction ? spread : 0, sizeof *direction);
-        own.sum = pk__arena_take(&arena, sweep->sum ? spread : 0, sizeof *own.sum);
+        weights = pk__arena_take(&arena, untied, sizeof *weights);
+        direction = pk__arena_take(&arena, sweep->direction ? untied : 0, sizeof *direction);
+        own.sum = pk__arena_take(&arena, sweep->sum ? untied : 0, sizeof *own.sum);
     } while (pk__arena_again(context, &arena, sweep->name, &status));
     if (status)
         return status;
-    pk_graph_spread(graph, sweep->weights, weights);
+    pk_graph_untie(graph, sweep->weights, weights);
     if (direction)
-        pk_graph_spread(graph, sweep->direction, direction);
+        pk_graph_untie(graph, sweep->direction, direction);
     own.weights = weights;
     own.direction = direction;
-    status = pk__sweep_spread(context, &own);
+    status = pk__sweep_untied(context, &own);
     if (sweep->sum && (!status || status == PK_NOT_FINITE)) {
         pk_graph_gather(graph, own.sum, own.sum);
         memcpy(sweep->sum, own.sum, graph->parameters * sizeof *own.sum);
@@ -17782,10 +17785,10 @@ static size_t pk__sweep_reverse(const pk__sweep *sweep, pk__sweep_lane *lane, si
         if (sweep->of_weights.data) {
             pk_real *gradient = sweep->of_weights.data + to * sweep->of_weights.ld;
             pk__sweep_row_gradient(sweep, tape, at / copies, at % copies,
-                                   graph->tied ? lane->spread : gradient);
+                                   graph->tied ? lane->untied : gradient);
             if (graph->tied) {
-                pk_graph_gather(graph, lane->spread, lane->spread);
-                memcpy(gradient, lane->spread, graph->parameters * sizeof *gradient);
+                pk_graph_gather(graph, lane->untied, lane->untied);
+                memcpy(gradient, lane->untied, graph->parameters * sizeof *gradient);
             }
             finite = pk__all_finite(gradient, graph->parameters);
         }
@@ -17970,14 +17973,14 @@ static size_t pk__sweep_mixed(const pk__sweep *sweep, pk__sweep_lane *lane, size
         int finite = 1;
         if (sweep->of_weights.data) {
             pk_real *to = sweep->of_weights.data + (first + r) * sweep->of_weights.ld;
-            pk_real *gradient = graph->tied ? lane->spread : to;
-            memset(gradient, 0, graph->spread * sizeof *gradient);
+            pk_real *gradient = graph->tied ? lane->untied : to;
+            memset(gradient, 0, graph->untied * sizeof *gradient);
             for (size_t n = 1; n < graph->node_count; n++)
                 if (graph->nodes[n].weight_count)
                     pk__sweep_second_gradient(sweep, lane, &graph->nodes[n], r, 1, gradient);
             if (graph->tied) {
-                pk_graph_gather(graph, lane->spread, lane->spread);
-                memcpy(to, lane->spread, graph->parameters * sizeof *to);
+                pk_graph_gather(graph, lane->untied, lane->untied);
+                memcpy(to, lane->untied, graph->parameters * sizeof *to);
             }
             finite = pk__all_finite(to, graph->parameters);
         }
@@ -21572,7 +21575,7 @@ static void pk__trainer_take(pk__arena *arena, size_t largest_batch, int threads
     workspace->graph = trainer->graph;
     workspace->largest_batch = largest_batch;
     workspace->threads =
-        (int)pk__min((size_t)threads, pk__gradient_cut(trainer->graph->spread, largest_batch).groups);
+        (int)pk__min((size_t)threads, pk__gradient_cut(trainer->graph->untied, largest_batch).groups);
     pk__gradient_take(arena, trainer->graph, workspace);
 }
 
@@ -22731,8 +22734,8 @@ PK__INTERNAL size_t pk__path_stretches(pk__path *segment, size_t count, const si
         segment->from[p] = segment->to[p] = p;
         if (!(from[p] < to[p]))
             continue;
-        const int follows = p && points > count && row[p - 1] == row[p] && segment->point_t[points - 1] == from[p] &&
-                            segment->to[p - 1] == points - 1;
+        const int follows = p && points > count && row[p - 1] == row[p] &&
+                            segment->point_t[points - 1] == from[p] && segment->to[p - 1] == points - 1;
         for (int end = follows; end < 2; end++, points++) {
             segment->point_row[points] = row[p];
             segment->point_t[points] = end ? to[p] : from[p];
@@ -22782,7 +22785,7 @@ PK__INTERNAL void pk__path_begin(pk__path *segment, const pk_real *weights, cons
         if (segment->base[n])
             pk__path_affine(segment, node, weights, transposed, segment->base[n]);
         if (segment->slope[n])
-            pk__path_affine(segment, node, direction, transposed ? transposed + graph->spread : NULL,
+            pk__path_affine(segment, node, direction, transposed ? transposed + graph->untied : NULL,
                             segment->slope[n]);
     }
 }
@@ -22907,8 +22910,8 @@ static void pk__turned_tangent(pk__path *segment, const pk__line *line, const pk
     pk__negate(count * node->width, tangent[node - graph->nodes]);
 }
 
-static void pk__path_tangents(pk__path *segment, size_t first, size_t count, const size_t *row, const pk_real *t,
-                              int probe)
+static void pk__path_tangents(pk__path *segment, size_t first, size_t count, const size_t *row,
+                              const pk_real *t, int probe)
 {
     const pk_graph *graph = segment->graph;
     const pk__line line = {segment->weights, segment->direction, t};
@@ -25147,7 +25150,7 @@ typedef struct pk__gram_layer {
 typedef struct pk__gram_side {
     const pk__gram_rows_of *of;
     pk_matrix inputs;
-    const pk_real *weights, *direction; /* in the spread layout; weights: of all nodes */
+    const pk_real *weights, *direction; /* in the untied layout; weights: of all nodes */
     int leads;                          /* the first of the two */
     size_t nodes, node;                 /* with weights of their own; the one whose factors are computed */
     size_t first, rows, capacity;
@@ -25198,8 +25201,8 @@ typedef struct pk__gram_rows {
 typedef struct pk__gram_lane {
     pk__tape forward, back;
     pk_real *inputs;
-    pk_real *left, *right, *tile, *spread, *scaled;
-    pk_real *gradients; /* with ties: of a row, in the spread layout */
+    pk_real *left, *right, *tile, *untied, *scaled;
+    pk_real *gradients; /* with ties: of a row, in the untied layout */
     pk_real *ones;      /* of a part: the cotangents that give slopes */
 } pk__gram_lane;
 
@@ -25215,7 +25218,7 @@ static pk_real *pk__gram_gradients_take(pk__arena *arena, const pk__gram *gram)
     size_t numbers = 0;
     if (!gram->graph->tied)
         return NULL;
-    if (!pk__multiply(gram->outputs + 1, gram->graph->spread, &numbers))
+    if (!pk__multiply(gram->outputs + 1, gram->graph->untied, &numbers))
         arena->overflow = 1;
     return pk__arena_take(arena, numbers, sizeof(pk_real));
 }
@@ -25236,7 +25239,7 @@ static void pk__gram_lane_take(pk__arena *arena, const pk__gram *gram, pk__gram_
     lane->left = pk__arena_take(arena, gram->left, sizeof(pk_real));
     lane->right = pk__arena_take(arena, gram->right, sizeof(pk_real));
     lane->tile = pk__arena_take(arena, width, width * sizeof(pk_real));
-    lane->spread = pk__arena_take(arena, width, sizeof(pk_real));
+    lane->untied = pk__arena_take(arena, width, sizeof(pk_real));
     lane->scaled = pk__arena_take(arena, gram->tile, gram->scaled * sizeof(pk_real));
 }
 
@@ -25273,10 +25276,10 @@ static pk_real *pk__gram_right(const pk__gram_side *side, const pk__gram_layer *
     return pk__gram_factors(side, node, layer->right_at, row * layer->right);
 }
 
-/* The weights of a side at the node whose factors are computed, in the spread layout. */
+/* The weights of a side at the node whose factors are computed, in the untied layout. */
 static const pk_real *pk__gram_weights(const pk__gram_side *side, const pk_graph *graph)
 {
-    return side->weights + side->node * (graph->tied ? graph->spread : graph->parameters);
+    return side->weights + side->node * (graph->tied ? graph->untied : graph->parameters);
 }
 
 /* ---- factors ------------------------------------------------------------------------------------------- */
@@ -25315,7 +25318,7 @@ static void pk__gram_keep_tied(const pk__gram *gram, const pk__tape *tape, const
                                const pk__gram_side *side, size_t at, size_t rows, pk_real *gradients)
 {
     const pk_graph *graph = gram->graph;
-    const size_t outputs = gram->outputs, spread = graph->spread;
+    const size_t outputs = gram->outputs, untied = graph->untied;
     for (size_t r = 0; r < rows; r++) {
         for (size_t n = 1; n < graph->node_count; n++) {
             const pk_node *node = &graph->nodes[n];
@@ -25324,7 +25327,7 @@ static void pk__gram_keep_tied(const pk__gram *gram, const pk__tape *tape, const
             pk__gram_node_gradients(gram, tape, line, node, r, 1, gradients + outputs * node->weight_offset);
         }
         for (size_t k = 0; k < outputs; k++) {
-            pk_real *flat = gradients + outputs * spread;
+            pk_real *flat = gradients + outputs * untied;
             for (size_t n = 1; n < graph->node_count; n++) {
                 const pk_node *node = &graph->nodes[n];
                 if (node->weight_count)
@@ -25620,17 +25623,17 @@ static void pk__gram_join(const pk__gram *gram, const pk__gram_layer *layer, pk_
     }
     for (size_t r = 0; r < rows; r++) {
         for (size_t s = 0; s < ld; s++)
-            lane->spread[s] = lane->left[r * columns + s / kept] + bias;
+            lane->untied[s] = lane->left[r * columns + s / kept] + bias;
         for (size_t k = 0; k < kept; k++) {
             pk_real *to = lane->tile + (r * kept + k) * ld;
             const pk_real *right = lane->right + (r * kept + k) * ld;
             if (layer->form != PK__GRAM_CONSTANT)
                 for (size_t s = 0; s < ld; s++)
-                    to[s] += lane->spread[s] * right[s];
+                    to[s] += lane->untied[s] * right[s];
             else
                 for (size_t s = 0; s < kept; s++)
                     for (size_t t = s; layer->constant[k * kept + s] != 0 && t < ld; t += kept)
-                        to[t] += lane->spread[t] * layer->constant[k * kept + s];
+                        to[t] += lane->untied[t] * layer->constant[k * kept + s];
         }
     }
 }
@@ -26087,15 +26090,15 @@ static pk_status pk__gram_check(pk__gram *gram, const pk__gram_rows_of *x, const
     return status ? status : pk__sweep_results(context, gram->name, 4, read, 1, &gram->result);
 }
 
-/* The weights and directions of the sides in the spread layout; *memory is released by the caller. */
-static pk_status pk__gram_spread(pk__gram *gram, pk__gram_side *sides, pk_real **memory)
+/* The weights and directions of the sides in the untied layout; *memory is released by the caller. */
+static pk_status pk__gram_untie(pk__gram *gram, pk__gram_side *sides, pk_real **memory)
 {
     const pk_graph *graph = gram->graph;
-    const size_t spread = graph->spread;
+    const size_t untied = graph->untied;
     pk_status status = PK_OK;
     if (graph->tied)
         status =
-            pk_allocate(gram->context, spread, 2 * (gram->nodes + 1) * sizeof **memory, gram->name, memory);
+            pk_allocate(gram->context, untied, 2 * (gram->nodes + 1) * sizeof **memory, gram->name, memory);
     for (int s = 0; s < 2; s++) {
         pk__gram_side *side = &sides[s];
         side->weights = side->of->weights;
@@ -26103,13 +26106,13 @@ static pk_status pk__gram_spread(pk__gram *gram, pk__gram_side *sides, pk_real *
         side->nodes = side->of->moves ? gram->nodes : 1;
         if (status || !graph->tied)
             continue;
-        pk_real *own = *memory + (size_t)s * (gram->nodes + 1) * spread;
+        pk_real *own = *memory + (size_t)s * (gram->nodes + 1) * untied;
         for (size_t q = 0; q < side->nodes; q++)
-            pk_graph_spread(graph, side->weights + q * graph->parameters, own + q * spread);
+            pk_graph_untie(graph, side->weights + q * graph->parameters, own + q * untied);
         side->weights = own;
         if (side->direction) {
-            pk_graph_spread(graph, side->direction, own + gram->nodes * spread);
-            side->direction = own + gram->nodes * spread;
+            pk_graph_untie(graph, side->direction, own + gram->nodes * untied);
+            side->direction = own + gram->nodes * untied;
         }
     }
     return status;
@@ -26142,7 +26145,7 @@ PK__INTERNAL pk_status pk__gram_compute(pk_context *context, const pk__gram_requ
     const pk_matrix result = request->result;
     pk__gram gram;
     pk__gram_side sides[2];
-    pk_real *constants = NULL, *spread = NULL;
+    pk_real *constants = NULL, *untied = NULL;
     const double one = 1;
     memset(&gram, 0, sizeof gram);
     memset(sides, 0, sizeof sides);
@@ -26185,10 +26188,10 @@ PK__INTERNAL pk_status pk__gram_compute(pk_context *context, const pk__gram_requ
     sides[1].of = right;
     sides[1].inputs = right->rows;
     if (!status)
-        status = pk__gram_spread(&gram, sides, &spread);
+        status = pk__gram_untie(&gram, sides, &untied);
     if (!status)
         status = pk__gram_run(&gram, &sides[0], &sides[1]);
-    pk_release(context, spread);
+    pk_release(context, untied);
     pk_release(context, constants);
     pk_release(context, gram.layer);
     return status;
@@ -26391,7 +26394,7 @@ static const pk_real *pk__known_transposed(const pk__integral *integral, const p
     const pk_real *transposed = segment->tape.transposed;
     return !transposed                       ? NULL
            : direction == segment->weights   ? transposed
-           : direction == segment->direction ? transposed + integral->graph->spread
+           : direction == segment->direction ? transposed + integral->graph->untied
                                              : NULL;
 }
 
@@ -27475,7 +27478,7 @@ typedef struct pk__step_integral {
     pk_real *seeds, *units, *copies; /* mixed: D x C, D x D, D x D: cotangents, directions, the input D times */
     pk__path segment;
     pk__pieces from, pieces;
-    pk_real *use_weights, *use_direction; /* of each use of a tensor, see pk_graph_spread */
+    pk_real *use_weights, *use_direction; /* of each use of a tensor, see pk_graph_untie */
     /* Switch functions beside a kink: */
     pk_graph varied; /* the graph whose inputs vary, too */
     pk__tape tape;   /* D + 1 rows */
@@ -27573,8 +27576,8 @@ PK__PRIVATE void pk__step_integral_take(pk__arena *arena, size_t rows, pk__step_
                       0, &phi->segment);
         pk__pieces_take(arena, 1, &phi->from);
         pk__pieces_take(arena, phi->piece_capacity, &phi->pieces);
-        phi->use_weights = pk__arena_take(arena, graph->tied ? graph->spread : 0, real);
-        phi->use_direction = pk__arena_take(arena, graph->tied ? graph->spread : 0, real);
+        phi->use_weights = pk__arena_take(arena, graph->tied ? graph->untied : 0, real);
+        phi->use_direction = pk__arena_take(arena, graph->tied ? graph->untied : 0, real);
     }
     if (!mixed)
         return;
@@ -27732,8 +27735,8 @@ static pk_status pk__step_integral_split(pk__step_integral *phi, pk_matrix input
     const pk_graph *graph = phi->graph;
     const pk_real *weights = phi->w, *direction = phi->direction;
     if (graph->tied) {
-        pk_graph_spread(graph, phi->w, phi->use_weights);
-        pk_graph_spread(graph, phi->direction, phi->use_direction);
+        pk_graph_untie(graph, phi->w, phi->use_weights);
+        pk_graph_untie(graph, phi->direction, phi->use_direction);
         weights = phi->use_weights, direction = phi->use_direction;
     }
     pk__path_begin(&phi->segment, weights, direction, NULL, 1, inputs.data);
@@ -27784,7 +27787,7 @@ static void pk__step_integral_forward(pk__step_integral *phi, double t, size_t r
     pk__step_point(graph->parameters, phi->w, phi->next, t, phi->at);
     const pk_real *weights = phi->at;
     if (graph->tied) {
-        pk_graph_spread(graph, phi->at, phi->use_weights);
+        pk_graph_untie(graph, phi->at, phi->use_weights);
         weights = phi->use_weights;
     }
     const pk__line line = {weights, NULL, NULL};
@@ -27812,7 +27815,7 @@ static void pk__step_integral_kink(pk__step_integral *phi, pk_matrix inputs, dou
     pk__step_integral_forward(phi, t, D, phi->copies);
     const pk_real *weights = phi->at, *direction = phi->direction;
     if (graph->tied) {
-        pk_graph_spread(graph, phi->direction, phi->use_direction);
+        pk_graph_untie(graph, phi->direction, phi->use_direction);
         weights = phi->use_weights, direction = phi->use_direction;
     }
     /* dz/dt, along the step, for one row. */
@@ -28052,7 +28055,7 @@ PK__INTERNAL void pk__steps_begin(const pk_run *run, pk__window *window)
     memset(window, 0, sizeof *window);
     window->run = run;
     window->parameters = run->graph.parameters;
-    window->spread = run->graph.spread;
+    window->untied = run->graph.untied;
     for (size_t s = 0; s < run->steps; s++) {
         pk_batch batch;
         pk_run_batch(run, s, &batch);
@@ -28075,10 +28078,10 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
 {
     const pk_graph *graph = &window->run->graph;
     const size_t real = sizeof(pk_real), P = window->parameters;
-    size_t all = 0, spread = 0;
+    size_t all = 0, untied = 0;
     window->pitch = pk__blocks(P, PK_PANEL) * PK_PANEL;
-    window->uses_pitch = pk__blocks(window->spread, PK_PANEL) * PK_PANEL;
-    if (!pk__multiply(capacity, window->pitch, &all) || !pk__multiply(capacity, window->uses_pitch, &spread))
+    window->uses_pitch = pk__blocks(window->untied, PK_PANEL) * PK_PANEL;
+    if (!pk__multiply(capacity, window->pitch, &all) || !pk__multiply(capacity, window->uses_pitch, &untied))
         arena->overflow = 1;
     window->capacity = capacity;
     window->windows = pk__blocks(window->run->steps, capacity);
@@ -28089,17 +28092,17 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     window->bounds = bounds;
     window->weights = pk__arena_take(arena, capacity + 1, P * real);
     window->direction = pk__arena_take(arena, all, real);
-    window->transposed = pk__pass_transposes(graph) ? pk__arena_take(arena, spread, 2 * real) : NULL;
+    window->transposed = pk__pass_transposes(graph) ? pk__arena_take(arena, untied, 2 * real) : NULL;
     window->remainder = pk__arena_take(arena, all, real);
     window->preconditioner = window->preconditioned ? pk__arena_take(arena, all, real) : NULL;
     /* Recorded moments are not computed from gradients here, so they have no rounding error from them. */
     window->states = bounds && window->adaptive && !pk__has_moments(window) ? 3 : 1;
     window->preconditioner_error = window->states == 3 ? pk__arena_take(arena, all, real) : NULL;
-    window->perturbed = window->states == 3 ? pk__arena_take(arena, window->spread + 2 * P, real) : NULL;
-    window->perturbed_weights = pk__arena_take(arena, bounds ? spread : 0, real);
+    window->perturbed = window->states == 3 ? pk__arena_take(arena, window->untied + 2 * P, real) : NULL;
+    window->perturbed_weights = pk__arena_take(arena, bounds ? untied : 0, real);
     const int moves = window->approximation && window->approximation->examples_move;
-    window->moved_weights = moves ? pk__arena_take(arena, spread, real) : NULL;
-    window->gradient = pk__arena_take(arena, spread, window->partial_sums * real);
+    window->moved_weights = moves ? pk__arena_take(arena, untied, real) : NULL;
+    window->gradient = pk__arena_take(arena, untied, window->partial_sums * real);
     window->use_weights = window->weights;
     window->use_direction = window->direction;
     window->use_remainder = window->remainder;
@@ -28109,22 +28112,22 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     window->path_weights = averaged ? pk__arena_take(arena, all, real) : window->weights;
     window->path_direction = averaged ? pk__arena_take(arena, all, real) : window->direction;
     if (graph->tied) {
-        window->use_weights = pk__arena_take(arena, spread, real);
-        window->use_direction = pk__arena_take(arena, spread, real);
-        window->use_remainder = pk__arena_take(arena, spread, real);
-        window->use_preconditioner = window->preconditioned ? pk__arena_take(arena, spread, real) : NULL;
-        window->use_preconditioner_error = window->states == 3 ? pk__arena_take(arena, spread, real) : NULL;
+        window->use_weights = pk__arena_take(arena, untied, real);
+        window->use_direction = pk__arena_take(arena, untied, real);
+        window->use_remainder = pk__arena_take(arena, untied, real);
+        window->use_preconditioner = window->preconditioned ? pk__arena_take(arena, untied, real) : NULL;
+        window->use_preconditioner_error = window->states == 3 ? pk__arena_take(arena, untied, real) : NULL;
     }
     window->use_path_weights = averaged ? window->path_weights : window->use_weights;
     window->use_path_direction = averaged ? window->path_direction : window->use_direction;
     if (graph->tied && averaged) {
-        window->use_path_weights = pk__arena_take(arena, spread, real);
-        window->use_path_direction = pk__arena_take(arena, spread, real);
+        window->use_path_weights = pk__arena_take(arena, untied, real);
+        window->use_path_direction = pk__arena_take(arena, untied, real);
     }
     const int inherits = window->run->initial_state.data != NULL;
     window->inherited = inherits ? pk__arena_take(arena, P, real) : NULL;
     window->use_inherited =
-        graph->tied && inherits ? pk__arena_take(arena, window->spread, real) : window->inherited;
+        graph->tied && inherits ? pk__arena_take(arena, window->untied, real) : window->inherited;
     const size_t vectors = window->states * window->state_vectors + window->average_vectors;
     window->state = pk__arena_take(arena, vectors, P * real);
     pk__checkpoints_take(arena, window->windows, window->stride, window->spare, vectors * P,
@@ -28135,7 +28138,7 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     window->decayed = decays ? pk__arena_take(arena, capacity, P * real) : NULL;
     window->use_decayed = window->decayed;
     if (graph->tied && decays)
-        window->use_decayed = pk__arena_take(arena, spread, real);
+        window->use_decayed = pk__arena_take(arena, untied, real);
     window->batches = pk__arena_take(arena, capacity, sizeof *window->batches);
     window->examples = pk__arena_take(arena, capacity, sizeof(pk__examples));
     window->magnitudes = bounds ? pk__arena_take(arena, capacity, sizeof(pk__examples)) : NULL;
@@ -28176,7 +28179,7 @@ PK__INTERNAL int pk__is_chosen(size_t steps, size_t chosen, size_t step)
 /* Transposes the weights and directions of the test rows in step number j, where a pass wants them so. */
 static void pk__transpose_path(pk__window *window, size_t j)
 {
-    const size_t U = window->spread;
+    const size_t U = window->untied;
     const pk_graph *graph = &window->run->graph;
     const pk__approximation *own = window->approximation;
     if (!window->transposed)
@@ -28188,7 +28191,7 @@ static void pk__transpose_path(pk__window *window, size_t j)
 
 static pk_status pk__load_window(pk_context *context, pk__window *window, int advance)
 {
-    const size_t P = window->parameters, U = window->spread;
+    const size_t P = window->parameters, U = window->untied;
     const pk_graph *graph = &window->run->graph;
     for (size_t j = 0; j < window->count + !advance; j++) {
         pk_status status =
@@ -28205,9 +28208,9 @@ static pk_status pk__load_window(pk_context *context, pk__window *window, int ad
         for (size_t i = 0; !advance && i < P; i++)
             window->direction[j * P + i] = from[P + i] - from[i];
         if (graph->tied) {
-            pk_graph_spread(graph, from, window->use_weights + j * U);
+            pk_graph_untie(graph, from, window->use_weights + j * U);
             if (!advance)
-                pk_graph_spread(graph, window->direction + j * P, window->use_direction + j * U);
+                pk_graph_untie(graph, window->direction + j * P, window->use_direction + j * U);
         }
         from = window->use_weights + j * U;
         if (!advance && !window->average)
@@ -28230,7 +28233,7 @@ static pk_status pk__load_window(pk_context *context, pk__window *window, int ad
 static void pk__fill_window(pk_context *context, pk__window *window)
 {
     const pk_run *run = window->run;
-    const size_t U = window->spread, partial_sums = window->partial_sums;
+    const size_t U = window->untied, partial_sums = window->partial_sums;
     const size_t tasks = window->count * partial_sums;
     const int threads = (int)window->threads;
     pk__team team = pk__team_of(context, threads, tasks);
@@ -28271,7 +28274,7 @@ static void pk__move_examples(pk_context *context, pk__window *window)
 {
     const pk_run *run = window->run;
     const pk__approximation *how = window->approximation;
-    const size_t U = window->spread, partial_sums = window->partial_sums, tasks = window->count * partial_sums;
+    const size_t U = window->untied, partial_sums = window->partial_sums, tasks = window->count * partial_sums;
     pk__team team = pk__team_of(context, (int)window->threads, window->count);
     PK__PARALLEL(team)
     for (size_t j = pk__first_task(&team); j < window->count; j = pk__next_task(&team))
@@ -28330,12 +28333,12 @@ static void pk__recompute_updates(pk__window *window, size_t first, size_t count
         const size_t step = window->first + j, at = j * P + first;
         const double rate = run->learning_rates[step], scale = pk_run_gradient_scale(run, step);
         const pk_real *weights = window->weights + at;
-        pk_real *gradient = window->gradient + j * window->partial_sums * window->spread + first;
+        pk_real *gradient = window->gradient + j * window->partial_sums * window->untied + first;
         pk_real *p = window->preconditioner ? window->preconditioner + j * window->pitch + first : NULL;
         pk_linear_form form;
         for (size_t part = 1; part < window->partial_sums; part++)
             for (size_t i = 0; i < count; i++)
-                gradient[i] += gradient[part * window->spread + i];
+                gradient[i] += gradient[part * window->untied + i];
         const double *rates = pk_run_group_rates(run, step);
         const pk__update whole = {
             step, rate, scale, count, count, weights, gradient, state, advance || recorded ? NULL : update};
@@ -28375,7 +28378,7 @@ static void pk__perturb_update(pk__window *window, size_t j, int advance)
 {
     const pk_run *run = window->run;
     const size_t P = window->parameters, step = window->first + j;
-    const pk_real *gradient = window->gradient + j * window->partial_sums * window->spread,
+    const pk_real *gradient = window->gradient + j * window->partial_sums * window->untied,
                   *weights = window->weights + j * P;
     const double *rates = pk_run_group_rates(run, step), rate = run->learning_rates[step];
     const pk_parameter_range all = {0, P, 0};
@@ -28383,9 +28386,9 @@ static void pk__perturb_update(pk__window *window, size_t j, int advance)
     const size_t range_count = pk__max(run->groups.range_count, 1);
     double scale = pk_run_gradient_scale(run, step);
     double allowance = pk__rounding_allowance(&run->graph);
-    pk_real *sizes = window->perturbed, *perturbed = sizes + window->spread, *p = perturbed + P;
+    pk_real *sizes = window->perturbed, *perturbed = sizes + window->untied, *p = perturbed + P;
     pk_real *error = window->preconditioner_error + j * window->pitch;
-    memset(sizes, 0, window->spread * sizeof *sizes);
+    memset(sizes, 0, window->untied * sizeof *sizes);
     pk__examples_sum(&window->magnitudes[j], &run->graph, sizes);
     if (run->graph.tied)
         pk_graph_gather(&run->graph, sizes, sizes);
@@ -28452,21 +28455,21 @@ static void pk__average_steps(pk__window *window, size_t first, size_t count)
 static void pk__spread_updates(pk__window *window)
 {
     const pk_graph *graph = &window->run->graph;
-    const size_t P = window->parameters, U = window->spread;
+    const size_t P = window->parameters, U = window->untied;
     for (size_t j = 0; j < window->count; j++) {
-        pk_graph_spread(graph, window->remainder + j * P, window->use_remainder + j * U);
+        pk_graph_untie(graph, window->remainder + j * P, window->use_remainder + j * U);
         if (window->preconditioner)
-            pk_graph_spread(graph, window->preconditioner + j * window->pitch,
-                            window->use_preconditioner + j * window->uses_pitch);
+            pk_graph_untie(graph, window->preconditioner + j * window->pitch,
+                           window->use_preconditioner + j * window->uses_pitch);
         if (window->preconditioner_error)
-            pk_graph_spread(graph, window->preconditioner_error + j * window->pitch,
-                            window->use_preconditioner_error + j * window->uses_pitch);
+            pk_graph_untie(graph, window->preconditioner_error + j * window->pitch,
+                           window->use_preconditioner_error + j * window->uses_pitch);
         if (window->decayed)
-            pk_graph_spread(graph, window->decayed + j * P, window->use_decayed + j * U);
+            pk_graph_untie(graph, window->decayed + j * P, window->use_decayed + j * U);
         if (!window->average)
             continue;
-        pk_graph_spread(graph, window->path_weights + j * P, window->use_path_weights + j * U);
-        pk_graph_spread(graph, window->path_direction + j * P, window->use_path_direction + j * U);
+        pk_graph_untie(graph, window->path_weights + j * P, window->use_path_weights + j * U);
+        pk_graph_untie(graph, window->path_direction + j * P, window->use_path_direction + j * U);
     }
 }
 
@@ -28597,7 +28600,7 @@ static pk_status pk__read_inherited(pk_context *context, pk__window *window)
             to[i] = (pk_real)(factor * to[i]);
     }
     if (!status && run->graph.tied)
-        pk_graph_spread(&run->graph, window->inherited, window->use_inherited);
+        pk_graph_untie(&run->graph, window->inherited, window->use_inherited);
     return pk__prefix(context, status, "initial_state.npy ");
 }
 
@@ -28698,7 +28701,7 @@ typedef struct pk__job {
     pk_quadrature quadrature;
     double tolerance, target;
     double whole_target, whole_least; /* of steps whose kinks are not looked for; see pk__integrator */
-    double unattributed; /* the limit, known with the last weights */
+    double unattributed;              /* the limit, known with the last weights */
     size_t outputs, block, unit;
     int reverse, decays;
     int direct;  /* E is not a multiple of R: it has a direct part, or its gain differs between groups */
@@ -29099,14 +29102,14 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     job->window.representation.factored = options->engine == PK_ENGINE_FACTORED;
     job->window.representation.known_data = !job->window.representation.materialized; /* job->gram */
     job->direct = job->grouped || (job->reverse && pk__form_direct(&form));
-    job->unit = pk__integral_unit(job->outputs, run->graph.spread);
+    job->unit = pk__integral_unit(job->outputs, run->graph.untied);
     /* Small jobs are cut into at least 16 blocks, if they have as many rows, so that several threads have work. */
     job->block = pk__min(pk__integral_block(&run->graph, job->outputs),
                          pk__blocks(pk__max(rows ? rows : inputs.rows, 1), 16));
     /* The least memory is that of one block: in reverse time at most about 2^20 numbers, or one row. */
     if (job->reverse)
         job->block =
-            pk__max(1, pk__min(job->block, ((size_t)1 << 20) / pk__max(1, job->outputs * run->graph.spread)));
+            pk__max(1, pk__min(job->block, ((size_t)1 << 20) / pk__max(1, job->outputs * run->graph.untied)));
     job->decays =
         job->grouped ? job->window.decoupled : form.decoupled != 0 || (form.coupled != 0 && !job->reverse);
 }
@@ -29672,7 +29675,7 @@ static void pk__add_coupled_decay(const pk__worker *worker, const pk__part *part
     const pk__job *job = worker->job;
     const pk__window *window = &job->window;
     const pk_linear_form *form = &window->forms[j * window->form_count];
-    const pk_real *weights = (job->grouped ? window->use_decayed : window->use_weights) + j * window->spread;
+    const pk_real *weights = (job->grouped ? window->use_decayed : window->use_weights) + j * window->untied;
     double *decay = job->part->decay + (worker->row + part->row) * job->outputs + part->first;
     if (job->grouped ? window->decoupled : form->coupled == 0)
         return;
@@ -29795,7 +29798,7 @@ static void pk__predict(pk__job *job, pk_real *weights, double *h)
     const size_t rows = job->part->rows, classes = graph->output_width, outputs = job->outputs;
     const size_t blocks = pk__blocks(rows, job->block);
     if (graph->tied)
-        pk_graph_spread(graph, weights, job->window.use_weights);
+        pk_graph_untie(graph, weights, job->window.use_weights);
     const pk__line line = {graph->tied ? job->window.use_weights : weights, NULL, NULL};
     pk__team team = pk__team_of(job->context, (int)job->plan.threads, blocks);
     PK__PARALLEL(team)
@@ -30025,7 +30028,7 @@ static pk__integral_step pk__begin_step(pk__worker *worker, size_t j)
     const pk__job *job = worker->job;
     const pk__window *window = &job->window;
     const pk_linear_form *form = &window->forms[j * window->form_count];
-    const size_t at = j * window->spread;
+    const size_t at = j * window->untied;
     const double scale = pk_run_gradient_scale(job->run, window->first + j);
     worker->step = window->first + j;
     worker->batch = worker->product.examples = &window->examples[j];
@@ -30469,7 +30472,7 @@ typedef struct pk__comparing {
     size_t fine;                           /* equal parts of a step of a network with kinks; 0: none */
     double *residual, *correlation;        /* rules x cells */
     unsigned char *unordered;              /* cells: the exact contributions are all equal */
-    pk_real *first_weights, *last_weights; /* graph->spread: w_0, w_S */
+    pk_real *first_weights, *last_weights; /* graph->untied: w_0, w_S */
     /* Of the rows first .. first + rows - 1, at most `most`: */
     size_t most, first, rows;
     double *ranks, *left, *sum[PK__COMPARE_LEVELS];   /* rows x outputs x examples */
@@ -30790,7 +30793,7 @@ static pk_status pk__compare_telescope_run(pk__comparing *c, pk_replay *replay, 
     if (!status)
         status = pk__compare_telescope_step(c, next, NULL, -1, piece, part, missed);
     if (!status)
-        pk_graph_spread(graph, next, c->first_weights);
+        pk_graph_untie(graph, next, c->first_weights);
     for (size_t s = 0; !status && s < steps; s++) {
         memcpy(w, next, P * sizeof *w);
         status = pk__progress(c->context, "comparing", (double)s / (double)steps);
@@ -30805,7 +30808,7 @@ static pk_status pk__compare_telescope_run(pk__comparing *c, pk_replay *replay, 
         status = pk__compare_telescope_step(c, next, NULL, 1, piece, part, missed);
     if (status)
         return status;
-    pk_graph_spread(graph, next, c->last_weights);
+    pk_graph_untie(graph, next, c->last_weights);
     for (size_t i = 0; i < c->cells; i++)
         missed[i] = fabs(missed[i]);
     return PK_OK;
@@ -30868,8 +30871,8 @@ static void pk__compare_take(pk__arena *arena, pk__comparing *c)
     c->unordered = pk__arena_take(arena, c->cells, sizeof *c->unordered);
     c->order = pk__arena_take(arena, threads, c->examples * sizeof *c->order);
     c->sorted = pk__arena_take(arena, pk__max(sorted, c->cells), sizeof *c->sorted);
-    c->first_weights = pk__arena_take(arena, c->run->graph.spread, sizeof *c->first_weights);
-    c->last_weights = pk__arena_take(arena, c->run->graph.spread, sizeof *c->last_weights);
+    c->first_weights = pk__arena_take(arena, c->run->graph.untied, sizeof *c->first_weights);
+    c->last_weights = pk__arena_take(arena, c->run->graph.untied, sizeof *c->last_weights);
 }
 
 /* Takes the tables of `most` rows. */
@@ -30927,7 +30930,7 @@ static size_t pk__compare_parts(const pk__job *job)
 {
     const pk_run *run = job->run;
     const pk_graph *graph = job->graph;
-    const double P = (double)graph->spread, C = (double)run->outputs, M = (double)job->inputs.rows;
+    const double P = (double)graph->untied, C = (double)run->outputs, M = (double)job->inputs.rows;
     const double S = (double)run->steps, items = S > 0 ? (double)run->batch_offsets[run->steps] : 0;
     double widths = 0;
     int kinks = pk__criterion_kinks(&run->criterion, 1) > 0;
@@ -32286,7 +32289,7 @@ static int pk__is_matrix_layer(const pk_node *node)
                                   strcmp(node->operation->name, "embedding") == 0);
 }
 
-/* Matrix layer number `number` in the order of the spread vector, which is that of w; NULL beyond the last. */
+/* Matrix layer number `number` in the order of the untied vector, which is that of w; NULL beyond the last. */
 PK__PRIVATE const pk_node *pk__matrix_layer(const pk_graph *graph, size_t number)
 {
     for (size_t l = 0; l < graph->node_count; l++) {
@@ -32349,10 +32352,11 @@ static pk_status pk__kernel_check_rule(pk_context *context, const pk_run *run, c
     const pk__kernel_row *row = &pk__kernel_rows[options->kind];
     const pk_quadrature *rule = &options->quadrature;
     if ((row->feature == PK__FEATURE_LOSS || row->right_loss) && run->loss_gradients.data)
-        return pk__fail(context, PK_UNSUPPORTED,
-                        "%s: the run has recorded derivatives of a loss, at its own steps only, so that gradients of the "
-                        "loss at other weights are not known",
-                        row->name);
+        return pk__fail(
+            context, PK_UNSUPPORTED,
+            "%s: the run has recorded derivatives of a loss, at its own steps only, so that gradients of the "
+            "loss at other weights are not known",
+            row->name);
     if (!row->moves && rule->rule != PK_RULE_AUTO && rule->rule != PK_RULE_LEFT)
         return pk__fail(context, PK_ARGUMENT,
                         "%s takes its features at the weights themselves: no rule but left", row->name);
@@ -32937,8 +32941,8 @@ static void pk__along_take(pk__arena *arena, pk__along *along)
     const size_t P = along->graph->parameters;
     along->direction = pk__arena_take(arena, P, sizeof(pk_real));
     along->at = pk__arena_take(arena, P, along->together * sizeof(pk_real));
-    along->spread =
-        along->graph->tied ? pk__arena_take(arena, along->graph->spread, 2 * sizeof(pk_real)) : NULL;
+    along->untied =
+        along->graph->tied ? pk__arena_take(arena, along->graph->untied, 2 * sizeof(pk_real)) : NULL;
     along->part = pk__arena_take(arena, along->numbers, sizeof(pk_real));
     along->coarse = pk__arena_take(arena, along->numbers, sizeof(double));
     along->fine = pk__arena_take(arena, along->numbers, sizeof(double));
@@ -32995,8 +32999,8 @@ PK__INTERNAL void pk__along_begin(pk__along *along)
     for (size_t p = 0; p < graph->parameters; p++)
         along->direction[p] = (pk_real)((double)along->next[p] - along->w[p]);
     if (graph->tied) {
-        pk_graph_spread(graph, along->w, along->spread);
-        pk_graph_spread(graph, along->direction, along->spread + graph->spread);
+        pk_graph_untie(graph, along->w, along->untied);
+        pk_graph_untie(graph, along->direction, along->untied + graph->untied);
     }
 }
 
@@ -33309,8 +33313,8 @@ static pk_status pk__along_split(pk__along *along, pk__along_rows *rows, pk__alo
     pk_status status = PK_OK;
     for (size_t r = 0; r < count; r++)
         pk__pieces_push(&from, r, a, b);
-    pk__path_begin(&rows->path, graph->tied ? along->spread : along->w,
-                   graph->tied ? along->spread + graph->spread : along->direction, NULL, count,
+    pk__path_begin(&rows->path, graph->tied ? along->untied : along->w,
+                   graph->tied ? along->untied + graph->untied : along->direction, NULL, count,
                    inputs->data + first * inputs->ld);
     if (!pk__path_split(&rows->path, &from, &rows->found)) {
         if (count > 1) {
@@ -33358,8 +33362,8 @@ static pk_status pk__along_cut(pk__along *along, pk__along_rows *rows, pk__along
         const size_t r = side->pieces.piece[i].row;
         for (end = i; end < side->pieces.count && side->pieces.piece[end].row == r;)
             end++;
-        pk__path_begin(&rows->path, graph->tied ? along->spread : along->w,
-                       graph->tied ? along->spread + graph->spread : along->direction, NULL, 1,
+        pk__path_begin(&rows->path, graph->tied ? along->untied : along->w,
+                       graph->tied ? along->untied + graph->untied : along->direction, NULL, 1,
                        of->rows.data + r * of->rows.ld);
         status = pk__pieces_split(&search, end - i, side->pieces.piece + i,
                                   criterion ? of->targets + r * graph->output_width : NULL,
@@ -33492,8 +33496,8 @@ static pk_status pk__along_closure(pk__along *along, pk__along_rows *rows, const
     pk_gauss_legendre(nodes, node, weight);
     for (size_t first = 0, some; !status && first < count; first += some) {
         some = pk__min(count - first, PK__ALONG_ROWS);
-        pk__path_begin(&rows->path, graph->tied ? along->spread : along->w,
-                       graph->tied ? along->spread + graph->spread : along->direction, NULL, some,
+        pk__path_begin(&rows->path, graph->tied ? along->untied : along->w,
+                       graph->tied ? along->untied + graph->untied : along->direction, NULL, some,
                        of->rows.data + first * of->rows.ld);
         const size_t pieces = side->first[first + some] - side->first[first], n = (size_t)nodes;
         for (size_t p = 0, together; p < 2 * some + pieces * n; p += together) {
@@ -33791,8 +33795,8 @@ static int pk__along_steady(pk__along *along, pk__along_rows *rows, const pk__gr
         const size_t count = pk__min(PK__ALONG_ROWS, of->rows.rows - r);
         if (of->rows.ld != of->rows.cols)
             return 0;
-        pk__path_begin(&rows->path, graph->tied ? along->spread : along->w,
-                       graph->tied ? along->spread + graph->spread : along->direction, NULL, count,
+        pk__path_begin(&rows->path, graph->tied ? along->untied : along->w,
+                       graph->tied ? along->untied + graph->untied : along->direction, NULL, count,
                        of->rows.data + r * of->rows.ld);
         if (!pk__rows_are_steady(&rows->path, count, of->seeds == PK__SEEDS_LOSS ? along->criterion : NULL))
             return 0;
@@ -34372,12 +34376,12 @@ static void pk__fed_products(const pk_graph *graph, const pk__kernel_term *term,
 }
 
 static void pk__fed_take(pk__arena *arena, const pk_graph *graph, pk__tape tapes[2], pk_real **part,
-                         pk_real **spread)
+                         pk_real **untied)
 {
     pk__pass_take(arena, graph, PK__FED_ROWS, 0, 0, &tapes[0]);
     pk__pass_take(arena, graph, PK__FED_ROWS, 0, 0, &tapes[1]);
     *part = pk__arena_take(arena, PK__FED_ROWS, PK__FED_ROWS * sizeof(pk_real));
-    *spread = graph->tied ? pk__arena_take(arena, graph->spread, sizeof(pk_real)) : NULL;
+    *untied = graph->tied ? pk__arena_take(arena, graph->untied, sizeof(pk_real)) : NULL;
 }
 
 /* block = the Gram matrix of what is fed to layers at w. */
@@ -34388,17 +34392,17 @@ static pk_status pk__kernel_fed(pk__kernel_pass *pass, const pk__kernel_term *te
     const size_t size[2] = {rows[0].count, rows[1].count}, D = graph->input_width;
     const int symmetric = pk__term_symmetric(term) && rows[0].index[0] == rows[1].index[0];
     pk__tape tapes[2];
-    pk_real *part = NULL, *spread = NULL;
+    pk_real *part = NULL, *untied = NULL;
     pk_status status;
     pk__arena arena = {NULL, 0, 0, 0};
     do
-        pk__fed_take(&arena, graph, tapes, &part, &spread);
+        pk__fed_take(&arena, graph, tapes, &part, &untied);
     while (pk__arena_again(pass->context, &arena, "kernels", &status));
     if (status)
         return status;
-    if (spread)
-        pk_graph_spread(graph, pass->w, spread);
-    const pk__line line = {spread ? spread : pass->w, NULL, NULL};
+    if (untied)
+        pk_graph_untie(graph, pass->w, untied);
+    const pk__line line = {untied ? untied : pass->w, NULL, NULL};
     pk__tape *const tape[2] = {&tapes[0], &tapes[1]};
     size_t at[2], count[2];
     for (at[0] = 0; at[0] < size[0]; at[0] += PK__FED_ROWS) {

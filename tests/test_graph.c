@@ -630,7 +630,7 @@ static void add_to_a_tied_graph_without_memory(void **state)
     assert_ok(&context, pk_graph_input(&context, &graph, &shape));
     for (int last = 0; last < 40; last++) {
         const pk_operation *operation = last % 3 == 2 ? tanh : dense;
-        const size_t before[] = {graph.node_count, graph.parameters, graph.spread, graph.layers, graph.columns};
+        const size_t before[] = {graph.node_count, graph.parameters, graph.untied, graph.layers, graph.columns};
         int number = -1;
         for (size_t at = 1;; at++, refused++) {
             memory.allocations = 0;
@@ -638,7 +638,7 @@ static void add_to_a_tied_graph_without_memory(void **state)
             if (!pk_graph_add_constants(&context, &graph, operation, 1, &last,
                                         operation == dense ? attributes : NULL, 2, constants, &number))
                 break;
-            const size_t now[] = {graph.node_count, graph.parameters, graph.spread, graph.layers,
+            const size_t now[] = {graph.node_count, graph.parameters, graph.untied, graph.layers,
                                   graph.columns};
             assert_memory_equal(before, now, sizeof now);
             assert_int_equal(number, -1);

@@ -142,7 +142,7 @@ static void test_values_and_gradients(void **state)
         assert_int_equal(t.graph.columns, columns);
         assert_int_equal(t.P, sum);
         const size_t U = untied.parameters, C = t.C, rows = TIED_ROWS * C;
-        assert_int_equal(t.graph.spread, U);
+        assert_int_equal(t.graph.untied, U);
         size_t tensor = 0, uses = 0;
         for (; tensor < TIED_TENSORS && s->tensors[tensor]; tensor++) {
             assert_int_equal(t.graph.blocks[tensor].count, s->tensors[tensor]);
@@ -153,7 +153,7 @@ static void test_values_and_gradients(void **state)
         pk_real *copies = FIXTURE_NEW(pk_real, U), *f = FIXTURE_NEW(pk_real, rows),
                 *g = FIXTURE_NEW(pk_real, rows), *jacobian = FIXTURE_NEW(pk_real, rows * t.P),
                 *gram = FIXTURE_NEW(pk_real, rows * rows);
-        pk_graph_spread(&t.graph, t.weights, copies);
+        pk_graph_untie(&t.graph, t.weights, copies);
         const pk_matrix x = pk_matrix_view(t.rows, TIED_ROWS, s->width), none = {NULL, 0, 0, 0};
         assert_ok(&t.context,
                   pk_graph_evaluate(&t.context, &t.graph, t.weights, x, pk_matrix_view(f, TIED_ROWS, C)));

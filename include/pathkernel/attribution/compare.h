@@ -120,7 +120,7 @@ typedef struct pk__comparing {
     size_t fine;                           /* equal parts of a step of a network with kinks; 0: none */
     double *residual, *correlation;        /* rules x cells */
     unsigned char *unordered;              /* cells: the exact contributions are all equal */
-    pk_real *first_weights, *last_weights; /* graph->spread: w_0, w_S */
+    pk_real *first_weights, *last_weights; /* graph->untied: w_0, w_S */
     /* Of the rows first .. first + rows - 1, at most `most`: */
     size_t most, first, rows;
     double *ranks, *left, *sum[PK__COMPARE_LEVELS];   /* rows x outputs x examples */
@@ -441,7 +441,7 @@ static pk_status pk__compare_telescope_run(pk__comparing *c, pk_replay *replay, 
     if (!status)
         status = pk__compare_telescope_step(c, next, NULL, -1, piece, part, missed);
     if (!status)
-        pk_graph_spread(graph, next, c->first_weights);
+        pk_graph_untie(graph, next, c->first_weights);
     for (size_t s = 0; !status && s < steps; s++) {
         memcpy(w, next, P * sizeof *w);
         status = pk__progress(c->context, "comparing", (double)s / (double)steps);
@@ -456,7 +456,7 @@ static pk_status pk__compare_telescope_run(pk__comparing *c, pk_replay *replay, 
         status = pk__compare_telescope_step(c, next, NULL, 1, piece, part, missed);
     if (status)
         return status;
-    pk_graph_spread(graph, next, c->last_weights);
+    pk_graph_untie(graph, next, c->last_weights);
     for (size_t i = 0; i < c->cells; i++)
         missed[i] = fabs(missed[i]);
     return PK_OK;
@@ -519,8 +519,8 @@ static void pk__compare_take(pk__arena *arena, pk__comparing *c)
     c->unordered = pk__arena_take(arena, c->cells, sizeof *c->unordered);
     c->order = pk__arena_take(arena, threads, c->examples * sizeof *c->order);
     c->sorted = pk__arena_take(arena, pk__max(sorted, c->cells), sizeof *c->sorted);
-    c->first_weights = pk__arena_take(arena, c->run->graph.spread, sizeof *c->first_weights);
-    c->last_weights = pk__arena_take(arena, c->run->graph.spread, sizeof *c->last_weights);
+    c->first_weights = pk__arena_take(arena, c->run->graph.untied, sizeof *c->first_weights);
+    c->last_weights = pk__arena_take(arena, c->run->graph.untied, sizeof *c->last_weights);
 }
 
 /* Takes the tables of `most` rows. */
@@ -578,7 +578,7 @@ static size_t pk__compare_parts(const pk__job *job)
 {
     const pk_run *run = job->run;
     const pk_graph *graph = job->graph;
-    const double P = (double)graph->spread, C = (double)run->outputs, M = (double)job->inputs.rows;
+    const double P = (double)graph->untied, C = (double)run->outputs, M = (double)job->inputs.rows;
     const double S = (double)run->steps, items = S > 0 ? (double)run->batch_offsets[run->steps] : 0;
     double widths = 0;
     int kinks = pk__criterion_kinks(&run->criterion, 1) > 0;

@@ -79,7 +79,7 @@ static void pk__add_coupled_decay(const pk__worker *worker, const pk__part *part
     const pk__job *job = worker->job;
     const pk__window *window = &job->window;
     const pk_linear_form *form = &window->forms[j * window->form_count];
-    const pk_real *weights = (job->grouped ? window->use_decayed : window->use_weights) + j * window->spread;
+    const pk_real *weights = (job->grouped ? window->use_decayed : window->use_weights) + j * window->untied;
     double *decay = job->part->decay + (worker->row + part->row) * job->outputs + part->first;
     if (job->grouped ? window->decoupled : form->coupled == 0)
         return;

@@ -82,7 +82,7 @@ typedef struct pk__job {
     pk_quadrature quadrature;
     double tolerance, target;
     double whole_target, whole_least; /* of steps whose kinks are not looked for; see pk__integrator */
-    double unattributed; /* the limit, known with the last weights */
+    double unattributed;              /* the limit, known with the last weights */
     size_t outputs, block, unit;
     int reverse, decays;
     int direct;  /* E is not a multiple of R: it has a direct part, or its gain differs between groups */
@@ -483,14 +483,14 @@ PK__PRIVATE void pk__job_begin(pk__job *job, pk_context *context, const pk_run *
     job->window.representation.factored = options->engine == PK_ENGINE_FACTORED;
     job->window.representation.known_data = !job->window.representation.materialized; /* job->gram */
     job->direct = job->grouped || (job->reverse && pk__form_direct(&form));
-    job->unit = pk__integral_unit(job->outputs, run->graph.spread);
+    job->unit = pk__integral_unit(job->outputs, run->graph.untied);
     /* Small jobs are cut into at least 16 blocks, if they have as many rows, so that several threads have work. */
     job->block = pk__min(pk__integral_block(&run->graph, job->outputs),
                          pk__blocks(pk__max(rows ? rows : inputs.rows, 1), 16));
     /* The least memory is that of one block: in reverse time at most about 2^20 numbers, or one row. */
     if (job->reverse)
         job->block =
-            pk__max(1, pk__min(job->block, ((size_t)1 << 20) / pk__max(1, job->outputs * run->graph.spread)));
+            pk__max(1, pk__min(job->block, ((size_t)1 << 20) / pk__max(1, job->outputs * run->graph.untied)));
     job->decays =
         job->grouped ? job->window.decoupled : form.decoupled != 0 || (form.coupled != 0 && !job->reverse);
 }

@@ -26,7 +26,7 @@ typedef struct pk__approximation {
     /* J of the test rows is taken at w_s(at) = w_s + at D_s only, or at weights of their own, instead of along the step: */
     int at_one_point;
     double at;
-    const pk_real *weights; /* graph->spread numbers, or NULL */
+    const pk_real *weights; /* graph->untied numbers, or NULL */
     /* the rule uses only this many equally spaced steps, each with the factor steps / chosen; 0: all steps */
     size_t chosen;
     /* df/dw of the examples is taken at w_s(examples_at) instead of w_s, dl/df too or at w_s: */
@@ -65,8 +65,8 @@ typedef struct pk__window {
     size_t first, count;
     pk_real *weights;    /* (count + 1) x P */
     pk_real *direction;  /* count x P: D_s */
-    size_t spread;       /* of the graph: P without ties */
-    pk_real *transposed; /* count x 2 x spread: pk__pass_transpose of weights and direction, or NULL */
+    size_t untied;       /* of the graph: P without ties */
+    pk_real *transposed; /* count x 2 x untied: pk__pass_transpose of weights and direction, or NULL */
     pk_real *remainder;  /* count x P: u_s = D_s - the update recomputed in double; the average's part of it */
     /* Of the test rows: a_s and its steps d_s, count x P. Without an average they are the weights and directions above. */
     pk_real *path_weights, *path_direction;
@@ -75,26 +75,26 @@ typedef struct pk__window {
     pk_real *
         preconditioner_error; /* count x pitch, with bounds: what rounding of the gradients may do to p_s, or NULL */
     /* Weights, direction, remainder, preconditioner and its error with one copy for each use of a tied tensor: E w, E D, E u, E p
-     * (graph.h, pk_graph_spread). Without ties there is nothing to copy, and these are the pointers above. */
+     * (graph.h, pk_graph_untie). Without ties there is nothing to copy, and these are the pointers above. */
     size_t uses_pitch;
     pk_real *use_weights, *use_direction, *use_remainder, *use_preconditioner, *use_preconditioner_error,
         *use_decayed, *use_path_weights, *use_path_direction;
     pk_linear_form *forms; /* count x form_count */
     /* count x P, with groups: decay o w_s. With an average and decoupled decay: the average's part of decay o w_s. */
     pk_real *decayed;
-    /* P and spread, of a run that begins with a state: carry_0 m_0, what it gives to m_1; or NULL. */
+    /* P and untied, of a run that begins with a state: carry_0 m_0, what it gives to m_1; or NULL. */
     pk_real *inherited, *use_inherited;
     pk_batch *batches;
     pk__examples *examples, *magnitudes; /* magnitudes: see pk__examples_magnitude, or NULL */
     /* Private: */
-    pk_real *gradient; /* count x partial_sums x spread; the first of a step becomes its whole gradient */
+    pk_real *gradient; /* count x partial_sums x untied; the first of a step becomes its whole gradient */
     /* In parts of PK__STATE_PART parameters. With bounds two more states follow the first: those of an optimizer that
      * receives perturbed gradients. */
     pk_real *state, *update;
     pk__checkpoints checkpoints; /* of the state, by window */
-    pk_real *perturbed;          /* spread + 2 P */
-    pk_real *perturbed_weights;  /* with bounds: count x spread */
-    /* count x spread: the weights at which an approximation takes the examples' gradients, where these are not w_s */
+    pk_real *perturbed;          /* untied + 2 P */
+    pk_real *perturbed_weights;  /* with bounds: count x untied */
+    /* count x untied: the weights at which an approximation takes the examples' gradients, where these are not w_s */
     pk_real *moved_weights;
     size_t states;   /* 1, or 3 with the two states of perturbed gradients */
     size_t advanced; /* windows that were computed again for the optimizer's state alone */
@@ -146,7 +146,7 @@ PK__INTERNAL void pk__steps_begin(const pk_run *run, pk__window *window)
     memset(window, 0, sizeof *window);
     window->run = run;
     window->parameters = run->graph.parameters;
-    window->spread = run->graph.spread;
+    window->untied = run->graph.untied;
     for (size_t s = 0; s < run->steps; s++) {
         pk_batch batch;
         pk_run_batch(run, s, &batch);
@@ -169,10 +169,10 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
 {
     const pk_graph *graph = &window->run->graph;
     const size_t real = sizeof(pk_real), P = window->parameters;
-    size_t all = 0, spread = 0;
+    size_t all = 0, untied = 0;
     window->pitch = pk__blocks(P, PK_PANEL) * PK_PANEL;
-    window->uses_pitch = pk__blocks(window->spread, PK_PANEL) * PK_PANEL;
-    if (!pk__multiply(capacity, window->pitch, &all) || !pk__multiply(capacity, window->uses_pitch, &spread))
+    window->uses_pitch = pk__blocks(window->untied, PK_PANEL) * PK_PANEL;
+    if (!pk__multiply(capacity, window->pitch, &all) || !pk__multiply(capacity, window->uses_pitch, &untied))
         arena->overflow = 1;
     window->capacity = capacity;
     window->windows = pk__blocks(window->run->steps, capacity);
@@ -183,17 +183,17 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     window->bounds = bounds;
     window->weights = pk__arena_take(arena, capacity + 1, P * real);
     window->direction = pk__arena_take(arena, all, real);
-    window->transposed = pk__pass_transposes(graph) ? pk__arena_take(arena, spread, 2 * real) : NULL;
+    window->transposed = pk__pass_transposes(graph) ? pk__arena_take(arena, untied, 2 * real) : NULL;
     window->remainder = pk__arena_take(arena, all, real);
     window->preconditioner = window->preconditioned ? pk__arena_take(arena, all, real) : NULL;
     /* Recorded moments are not computed from gradients here, so they have no rounding error from them. */
     window->states = bounds && window->adaptive && !pk__has_moments(window) ? 3 : 1;
     window->preconditioner_error = window->states == 3 ? pk__arena_take(arena, all, real) : NULL;
-    window->perturbed = window->states == 3 ? pk__arena_take(arena, window->spread + 2 * P, real) : NULL;
-    window->perturbed_weights = pk__arena_take(arena, bounds ? spread : 0, real);
+    window->perturbed = window->states == 3 ? pk__arena_take(arena, window->untied + 2 * P, real) : NULL;
+    window->perturbed_weights = pk__arena_take(arena, bounds ? untied : 0, real);
     const int moves = window->approximation && window->approximation->examples_move;
-    window->moved_weights = moves ? pk__arena_take(arena, spread, real) : NULL;
-    window->gradient = pk__arena_take(arena, spread, window->partial_sums * real);
+    window->moved_weights = moves ? pk__arena_take(arena, untied, real) : NULL;
+    window->gradient = pk__arena_take(arena, untied, window->partial_sums * real);
     window->use_weights = window->weights;
     window->use_direction = window->direction;
     window->use_remainder = window->remainder;
@@ -203,22 +203,22 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     window->path_weights = averaged ? pk__arena_take(arena, all, real) : window->weights;
     window->path_direction = averaged ? pk__arena_take(arena, all, real) : window->direction;
     if (graph->tied) {
-        window->use_weights = pk__arena_take(arena, spread, real);
-        window->use_direction = pk__arena_take(arena, spread, real);
-        window->use_remainder = pk__arena_take(arena, spread, real);
-        window->use_preconditioner = window->preconditioned ? pk__arena_take(arena, spread, real) : NULL;
-        window->use_preconditioner_error = window->states == 3 ? pk__arena_take(arena, spread, real) : NULL;
+        window->use_weights = pk__arena_take(arena, untied, real);
+        window->use_direction = pk__arena_take(arena, untied, real);
+        window->use_remainder = pk__arena_take(arena, untied, real);
+        window->use_preconditioner = window->preconditioned ? pk__arena_take(arena, untied, real) : NULL;
+        window->use_preconditioner_error = window->states == 3 ? pk__arena_take(arena, untied, real) : NULL;
     }
     window->use_path_weights = averaged ? window->path_weights : window->use_weights;
     window->use_path_direction = averaged ? window->path_direction : window->use_direction;
     if (graph->tied && averaged) {
-        window->use_path_weights = pk__arena_take(arena, spread, real);
-        window->use_path_direction = pk__arena_take(arena, spread, real);
+        window->use_path_weights = pk__arena_take(arena, untied, real);
+        window->use_path_direction = pk__arena_take(arena, untied, real);
     }
     const int inherits = window->run->initial_state.data != NULL;
     window->inherited = inherits ? pk__arena_take(arena, P, real) : NULL;
     window->use_inherited =
-        graph->tied && inherits ? pk__arena_take(arena, window->spread, real) : window->inherited;
+        graph->tied && inherits ? pk__arena_take(arena, window->untied, real) : window->inherited;
     const size_t vectors = window->states * window->state_vectors + window->average_vectors;
     window->state = pk__arena_take(arena, vectors, P * real);
     pk__checkpoints_take(arena, window->windows, window->stride, window->spare, vectors * P,
@@ -229,7 +229,7 @@ PK__INTERNAL void pk__steps_take(pk__arena *arena, size_t capacity, size_t strid
     window->decayed = decays ? pk__arena_take(arena, capacity, P * real) : NULL;
     window->use_decayed = window->decayed;
     if (graph->tied && decays)
-        window->use_decayed = pk__arena_take(arena, spread, real);
+        window->use_decayed = pk__arena_take(arena, untied, real);
     window->batches = pk__arena_take(arena, capacity, sizeof *window->batches);
     window->examples = pk__arena_take(arena, capacity, sizeof(pk__examples));
     window->magnitudes = bounds ? pk__arena_take(arena, capacity, sizeof(pk__examples)) : NULL;
@@ -270,7 +270,7 @@ PK__INTERNAL int pk__is_chosen(size_t steps, size_t chosen, size_t step)
 /* Transposes the weights and directions of the test rows in step number j, where a pass wants them so. */
 static void pk__transpose_path(pk__window *window, size_t j)
 {
-    const size_t U = window->spread;
+    const size_t U = window->untied;
     const pk_graph *graph = &window->run->graph;
     const pk__approximation *own = window->approximation;
     if (!window->transposed)
@@ -282,7 +282,7 @@ static void pk__transpose_path(pk__window *window, size_t j)
 
 static pk_status pk__load_window(pk_context *context, pk__window *window, int advance)
 {
-    const size_t P = window->parameters, U = window->spread;
+    const size_t P = window->parameters, U = window->untied;
     const pk_graph *graph = &window->run->graph;
     for (size_t j = 0; j < window->count + !advance; j++) {
         pk_status status =
@@ -299,9 +299,9 @@ static pk_status pk__load_window(pk_context *context, pk__window *window, int ad
         for (size_t i = 0; !advance && i < P; i++)
             window->direction[j * P + i] = from[P + i] - from[i];
         if (graph->tied) {
-            pk_graph_spread(graph, from, window->use_weights + j * U);
+            pk_graph_untie(graph, from, window->use_weights + j * U);
             if (!advance)
-                pk_graph_spread(graph, window->direction + j * P, window->use_direction + j * U);
+                pk_graph_untie(graph, window->direction + j * P, window->use_direction + j * U);
         }
         from = window->use_weights + j * U;
         if (!advance && !window->average)
@@ -324,7 +324,7 @@ static pk_status pk__load_window(pk_context *context, pk__window *window, int ad
 static void pk__fill_window(pk_context *context, pk__window *window)
 {
     const pk_run *run = window->run;
-    const size_t U = window->spread, partial_sums = window->partial_sums;
+    const size_t U = window->untied, partial_sums = window->partial_sums;
     const size_t tasks = window->count * partial_sums;
     const int threads = (int)window->threads;
     pk__team team = pk__team_of(context, threads, tasks);
@@ -365,7 +365,7 @@ static void pk__move_examples(pk_context *context, pk__window *window)
 {
     const pk_run *run = window->run;
     const pk__approximation *how = window->approximation;
-    const size_t U = window->spread, partial_sums = window->partial_sums, tasks = window->count * partial_sums;
+    const size_t U = window->untied, partial_sums = window->partial_sums, tasks = window->count * partial_sums;
     pk__team team = pk__team_of(context, (int)window->threads, window->count);
     PK__PARALLEL(team)
     for (size_t j = pk__first_task(&team); j < window->count; j = pk__next_task(&team))
@@ -424,12 +424,12 @@ static void pk__recompute_updates(pk__window *window, size_t first, size_t count
         const size_t step = window->first + j, at = j * P + first;
         const double rate = run->learning_rates[step], scale = pk_run_gradient_scale(run, step);
         const pk_real *weights = window->weights + at;
-        pk_real *gradient = window->gradient + j * window->partial_sums * window->spread + first;
+        pk_real *gradient = window->gradient + j * window->partial_sums * window->untied + first;
         pk_real *p = window->preconditioner ? window->preconditioner + j * window->pitch + first : NULL;
         pk_linear_form form;
         for (size_t part = 1; part < window->partial_sums; part++)
             for (size_t i = 0; i < count; i++)
-                gradient[i] += gradient[part * window->spread + i];
+                gradient[i] += gradient[part * window->untied + i];
         const double *rates = pk_run_group_rates(run, step);
         const pk__update whole = {
             step, rate, scale, count, count, weights, gradient, state, advance || recorded ? NULL : update};
@@ -469,7 +469,7 @@ static void pk__perturb_update(pk__window *window, size_t j, int advance)
 {
     const pk_run *run = window->run;
     const size_t P = window->parameters, step = window->first + j;
-    const pk_real *gradient = window->gradient + j * window->partial_sums * window->spread,
+    const pk_real *gradient = window->gradient + j * window->partial_sums * window->untied,
                   *weights = window->weights + j * P;
     const double *rates = pk_run_group_rates(run, step), rate = run->learning_rates[step];
     const pk_parameter_range all = {0, P, 0};
@@ -477,9 +477,9 @@ static void pk__perturb_update(pk__window *window, size_t j, int advance)
     const size_t range_count = pk__max(run->groups.range_count, 1);
     double scale = pk_run_gradient_scale(run, step);
     double allowance = pk__rounding_allowance(&run->graph);
-    pk_real *sizes = window->perturbed, *perturbed = sizes + window->spread, *p = perturbed + P;
+    pk_real *sizes = window->perturbed, *perturbed = sizes + window->untied, *p = perturbed + P;
     pk_real *error = window->preconditioner_error + j * window->pitch;
-    memset(sizes, 0, window->spread * sizeof *sizes);
+    memset(sizes, 0, window->untied * sizeof *sizes);
     pk__examples_sum(&window->magnitudes[j], &run->graph, sizes);
     if (run->graph.tied)
         pk_graph_gather(&run->graph, sizes, sizes);
@@ -546,21 +546,21 @@ static void pk__average_steps(pk__window *window, size_t first, size_t count)
 static void pk__spread_updates(pk__window *window)
 {
     const pk_graph *graph = &window->run->graph;
-    const size_t P = window->parameters, U = window->spread;
+    const size_t P = window->parameters, U = window->untied;
     for (size_t j = 0; j < window->count; j++) {
-        pk_graph_spread(graph, window->remainder + j * P, window->use_remainder + j * U);
+        pk_graph_untie(graph, window->remainder + j * P, window->use_remainder + j * U);
         if (window->preconditioner)
-            pk_graph_spread(graph, window->preconditioner + j * window->pitch,
-                            window->use_preconditioner + j * window->uses_pitch);
+            pk_graph_untie(graph, window->preconditioner + j * window->pitch,
+                           window->use_preconditioner + j * window->uses_pitch);
         if (window->preconditioner_error)
-            pk_graph_spread(graph, window->preconditioner_error + j * window->pitch,
-                            window->use_preconditioner_error + j * window->uses_pitch);
+            pk_graph_untie(graph, window->preconditioner_error + j * window->pitch,
+                           window->use_preconditioner_error + j * window->uses_pitch);
         if (window->decayed)
-            pk_graph_spread(graph, window->decayed + j * P, window->use_decayed + j * U);
+            pk_graph_untie(graph, window->decayed + j * P, window->use_decayed + j * U);
         if (!window->average)
             continue;
-        pk_graph_spread(graph, window->path_weights + j * P, window->use_path_weights + j * U);
-        pk_graph_spread(graph, window->path_direction + j * P, window->use_path_direction + j * U);
+        pk_graph_untie(graph, window->path_weights + j * P, window->use_path_weights + j * U);
+        pk_graph_untie(graph, window->path_direction + j * P, window->use_path_direction + j * U);
     }
 }
 
@@ -691,7 +691,7 @@ static pk_status pk__read_inherited(pk_context *context, pk__window *window)
             to[i] = (pk_real)(factor * to[i]);
     }
     if (!status && run->graph.tied)
-        pk_graph_spread(&run->graph, window->inherited, window->use_inherited);
+        pk_graph_untie(&run->graph, window->inherited, window->use_inherited);
     return pk__prefix(context, status, "initial_state.npy ");
 }
 

@@ -39,7 +39,7 @@ static void pk__predict(pk__job *job, pk_real *weights, double *h)
     const size_t rows = job->part->rows, classes = graph->output_width, outputs = job->outputs;
     const size_t blocks = pk__blocks(rows, job->block);
     if (graph->tied)
-        pk_graph_spread(graph, weights, job->window.use_weights);
+        pk_graph_untie(graph, weights, job->window.use_weights);
     const pk__line line = {graph->tied ? job->window.use_weights : weights, NULL, NULL};
     pk__team team = pk__team_of(job->context, (int)job->plan.threads, blocks);
     PK__PARALLEL(team)
@@ -269,7 +269,7 @@ static pk__integral_step pk__begin_step(pk__worker *worker, size_t j)
     const pk__job *job = worker->job;
     const pk__window *window = &job->window;
     const pk_linear_form *form = &window->forms[j * window->form_count];
-    const size_t at = j * window->spread;
+    const size_t at = j * window->untied;
     const double scale = pk_run_gradient_scale(job->run, window->first + j);
     worker->step = window->first + j;
     worker->batch = worker->product.examples = &window->examples[j];

@@ -36,7 +36,8 @@ typedef struct pk__examples {
     size_t count, ld;
     const int64_t *items;
     int consecutive; /* items[b] == items[0] + b */
-    const pk_array *recorded; /* dl/df of the items, from the row recorded_row on; NULL: the criterion gives it */
+    const pk_array
+        *recorded; /* dl/df of the items, from the row recorded_row on; NULL: the criterion gives it */
     size_t recorded_row;
     pk_real **input, **cotangent, **rows;
 } pk__examples;
@@ -56,7 +57,7 @@ PK__INTERNAL void pk__examples_perturb(size_t count, const pk_real *weights, pk_
  * they depend on relative changes of the weights. pk__rounding_allowance times to then holds what rounding leaves of the
  * gradients, also where a loss is nearly zero or terms cancel on the way back. */
 PK__INTERNAL void pk__examples_magnitude(const pk__examples *from, const pk_graph *graph, pk__examples *to);
-/* sum (graph->spread) += the sum of the examples' gradients, separately for each use of a tied tensor. */
+/* sum (graph->untied) += the sum of the examples' gradients, separately for each use of a tied tensor. */
 PK__INTERNAL void pk__examples_sum(const pk__examples *examples, const pk_graph *graph, pk_real *sum);
 /* The rounding allowance of a gradient, relative to its size: c eps, c = 16 nodes + 2 sum over layers (inputs + outputs). */
 PK__INTERNAL double pk__rounding_allowance(const pk_graph *graph);
@@ -71,7 +72,7 @@ PK__INTERNAL void pk__example_workspace_take(pk__arena *arena, const pk_graph *g
 PK__INTERNAL void pk__examples_begin(pk__examples *examples, const pk_batch *batch, const pk_array *recorded,
                                      size_t row);
 /* Fills the columns first .. first + PK__EXAMPLE_BLOCK - 1, as far as there are any, with gradients of
- * c_b l_b at the weights; gradient (graph->spread, may be NULL) += their sum, and weights are as many. Cost about 6 P flops an example. */
+ * c_b l_b at the weights; gradient (graph->untied, may be NULL) += their sum, and weights are as many. Cost about 6 P flops an example. */
 PK__INTERNAL void pk__examples_fill(pk__examples *examples, const pk_graph *graph,
                                     const pk_criterion *criterion, const pk_real *weights,
                                     const pk_dataset *data, const pk_batch *batch, size_t first,

@@ -117,7 +117,7 @@ typedef struct pk__gram_layer {
 typedef struct pk__gram_side {
     const pk__gram_rows_of *of;
     pk_matrix inputs;
-    const pk_real *weights, *direction; /* in the spread layout; weights: of all nodes */
+    const pk_real *weights, *direction; /* in the untied layout; weights: of all nodes */
     int leads;                          /* the first of the two */
     size_t nodes, node;                 /* with weights of their own; the one whose factors are computed */
     size_t first, rows, capacity;
@@ -168,8 +168,8 @@ typedef struct pk__gram_rows {
 typedef struct pk__gram_lane {
     pk__tape forward, back;
     pk_real *inputs;
-    pk_real *left, *right, *tile, *spread, *scaled;
-    pk_real *gradients; /* with ties: of a row, in the spread layout */
+    pk_real *left, *right, *tile, *untied, *scaled;
+    pk_real *gradients; /* with ties: of a row, in the untied layout */
     pk_real *ones;      /* of a part: the cotangents that give slopes */
 } pk__gram_lane;
 
@@ -185,7 +185,7 @@ static pk_real *pk__gram_gradients_take(pk__arena *arena, const pk__gram *gram)
     size_t numbers = 0;
     if (!gram->graph->tied)
         return NULL;
-    if (!pk__multiply(gram->outputs + 1, gram->graph->spread, &numbers))
+    if (!pk__multiply(gram->outputs + 1, gram->graph->untied, &numbers))
         arena->overflow = 1;
     return pk__arena_take(arena, numbers, sizeof(pk_real));
 }
@@ -206,7 +206,7 @@ static void pk__gram_lane_take(pk__arena *arena, const pk__gram *gram, pk__gram_
     lane->left = pk__arena_take(arena, gram->left, sizeof(pk_real));
     lane->right = pk__arena_take(arena, gram->right, sizeof(pk_real));
     lane->tile = pk__arena_take(arena, width, width * sizeof(pk_real));
-    lane->spread = pk__arena_take(arena, width, sizeof(pk_real));
+    lane->untied = pk__arena_take(arena, width, sizeof(pk_real));
     lane->scaled = pk__arena_take(arena, gram->tile, gram->scaled * sizeof(pk_real));
 }
 
@@ -243,10 +243,10 @@ static pk_real *pk__gram_right(const pk__gram_side *side, const pk__gram_layer *
     return pk__gram_factors(side, node, layer->right_at, row * layer->right);
 }
 
-/* The weights of a side at the node whose factors are computed, in the spread layout. */
+/* The weights of a side at the node whose factors are computed, in the untied layout. */
 static const pk_real *pk__gram_weights(const pk__gram_side *side, const pk_graph *graph)
 {
-    return side->weights + side->node * (graph->tied ? graph->spread : graph->parameters);
+    return side->weights + side->node * (graph->tied ? graph->untied : graph->parameters);
 }
 
 /* ---- factors ------------------------------------------------------------------------------------------- */
@@ -285,7 +285,7 @@ static void pk__gram_keep_tied(const pk__gram *gram, const pk__tape *tape, const
                                const pk__gram_side *side, size_t at, size_t rows, pk_real *gradients)
 {
     const pk_graph *graph = gram->graph;
-    const size_t outputs = gram->outputs, spread = graph->spread;
+    const size_t outputs = gram->outputs, untied = graph->untied;
     for (size_t r = 0; r < rows; r++) {
         for (size_t n = 1; n < graph->node_count; n++) {
             const pk_node *node = &graph->nodes[n];
@@ -294,7 +294,7 @@ static void pk__gram_keep_tied(const pk__gram *gram, const pk__tape *tape, const
             pk__gram_node_gradients(gram, tape, line, node, r, 1, gradients + outputs * node->weight_offset);
         }
         for (size_t k = 0; k < outputs; k++) {
-            pk_real *flat = gradients + outputs * spread;
+            pk_real *flat = gradients + outputs * untied;
             for (size_t n = 1; n < graph->node_count; n++) {
                 const pk_node *node = &graph->nodes[n];
                 if (node->weight_count)
@@ -590,17 +590,17 @@ static void pk__gram_join(const pk__gram *gram, const pk__gram_layer *layer, pk_
     }
     for (size_t r = 0; r < rows; r++) {
         for (size_t s = 0; s < ld; s++)
-            lane->spread[s] = lane->left[r * columns + s / kept] + bias;
+            lane->untied[s] = lane->left[r * columns + s / kept] + bias;
         for (size_t k = 0; k < kept; k++) {
             pk_real *to = lane->tile + (r * kept + k) * ld;
             const pk_real *right = lane->right + (r * kept + k) * ld;
             if (layer->form != PK__GRAM_CONSTANT)
                 for (size_t s = 0; s < ld; s++)
-                    to[s] += lane->spread[s] * right[s];
+                    to[s] += lane->untied[s] * right[s];
             else
                 for (size_t s = 0; s < kept; s++)
                     for (size_t t = s; layer->constant[k * kept + s] != 0 && t < ld; t += kept)
-                        to[t] += lane->spread[t] * layer->constant[k * kept + s];
+                        to[t] += lane->untied[t] * layer->constant[k * kept + s];
         }
     }
 }
@@ -1057,15 +1057,15 @@ static pk_status pk__gram_check(pk__gram *gram, const pk__gram_rows_of *x, const
     return status ? status : pk__sweep_results(context, gram->name, 4, read, 1, &gram->result);
 }
 
-/* The weights and directions of the sides in the spread layout; *memory is released by the caller. */
-static pk_status pk__gram_spread(pk__gram *gram, pk__gram_side *sides, pk_real **memory)
+/* The weights and directions of the sides in the untied layout; *memory is released by the caller. */
+static pk_status pk__gram_untie(pk__gram *gram, pk__gram_side *sides, pk_real **memory)
 {
     const pk_graph *graph = gram->graph;
-    const size_t spread = graph->spread;
+    const size_t untied = graph->untied;
     pk_status status = PK_OK;
     if (graph->tied)
         status =
-            pk_allocate(gram->context, spread, 2 * (gram->nodes + 1) * sizeof **memory, gram->name, memory);
+            pk_allocate(gram->context, untied, 2 * (gram->nodes + 1) * sizeof **memory, gram->name, memory);
     for (int s = 0; s < 2; s++) {
         pk__gram_side *side = &sides[s];
         side->weights = side->of->weights;
@@ -1073,13 +1073,13 @@ static pk_status pk__gram_spread(pk__gram *gram, pk__gram_side *sides, pk_real *
         side->nodes = side->of->moves ? gram->nodes : 1;
         if (status || !graph->tied)
             continue;
-        pk_real *own = *memory + (size_t)s * (gram->nodes + 1) * spread;
+        pk_real *own = *memory + (size_t)s * (gram->nodes + 1) * untied;
         for (size_t q = 0; q < side->nodes; q++)
-            pk_graph_spread(graph, side->weights + q * graph->parameters, own + q * spread);
+            pk_graph_untie(graph, side->weights + q * graph->parameters, own + q * untied);
         side->weights = own;
         if (side->direction) {
-            pk_graph_spread(graph, side->direction, own + gram->nodes * spread);
-            side->direction = own + gram->nodes * spread;
+            pk_graph_untie(graph, side->direction, own + gram->nodes * untied);
+            side->direction = own + gram->nodes * untied;
         }
     }
     return status;
@@ -1112,7 +1112,7 @@ PK__INTERNAL pk_status pk__gram_compute(pk_context *context, const pk__gram_requ
     const pk_matrix result = request->result;
     pk__gram gram;
     pk__gram_side sides[2];
-    pk_real *constants = NULL, *spread = NULL;
+    pk_real *constants = NULL, *untied = NULL;
     const double one = 1;
     memset(&gram, 0, sizeof gram);
     memset(sides, 0, sizeof sides);
@@ -1155,10 +1155,10 @@ PK__INTERNAL pk_status pk__gram_compute(pk_context *context, const pk__gram_requ
     sides[1].of = right;
     sides[1].inputs = right->rows;
     if (!status)
-        status = pk__gram_spread(&gram, sides, &spread);
+        status = pk__gram_untie(&gram, sides, &untied);
     if (!status)
         status = pk__gram_run(&gram, &sides[0], &sides[1]);
-    pk_release(context, spread);
+    pk_release(context, untied);
     pk_release(context, constants);
     pk_release(context, gram.layer);
     return status;

@@ -61,7 +61,7 @@ typedef struct pk__step_integral {
     pk_real *seeds, *units, *copies; /* mixed: D x C, D x D, D x D: cotangents, directions, the input D times */
     pk__path segment;
     pk__pieces from, pieces;
-    pk_real *use_weights, *use_direction; /* of each use of a tensor, see pk_graph_spread */
+    pk_real *use_weights, *use_direction; /* of each use of a tensor, see pk_graph_untie */
     /* Switch functions beside a kink: */
     pk_graph varied; /* the graph whose inputs vary, too */
     pk__tape tape;   /* D + 1 rows */
@@ -159,8 +159,8 @@ PK__PRIVATE void pk__step_integral_take(pk__arena *arena, size_t rows, pk__step_
                       0, &phi->segment);
         pk__pieces_take(arena, 1, &phi->from);
         pk__pieces_take(arena, phi->piece_capacity, &phi->pieces);
-        phi->use_weights = pk__arena_take(arena, graph->tied ? graph->spread : 0, real);
-        phi->use_direction = pk__arena_take(arena, graph->tied ? graph->spread : 0, real);
+        phi->use_weights = pk__arena_take(arena, graph->tied ? graph->untied : 0, real);
+        phi->use_direction = pk__arena_take(arena, graph->tied ? graph->untied : 0, real);
     }
     if (!mixed)
         return;
@@ -318,8 +318,8 @@ static pk_status pk__step_integral_split(pk__step_integral *phi, pk_matrix input
     const pk_graph *graph = phi->graph;
     const pk_real *weights = phi->w, *direction = phi->direction;
     if (graph->tied) {
-        pk_graph_spread(graph, phi->w, phi->use_weights);
-        pk_graph_spread(graph, phi->direction, phi->use_direction);
+        pk_graph_untie(graph, phi->w, phi->use_weights);
+        pk_graph_untie(graph, phi->direction, phi->use_direction);
         weights = phi->use_weights, direction = phi->use_direction;
     }
     pk__path_begin(&phi->segment, weights, direction, NULL, 1, inputs.data);
@@ -370,7 +370,7 @@ static void pk__step_integral_forward(pk__step_integral *phi, double t, size_t r
     pk__step_point(graph->parameters, phi->w, phi->next, t, phi->at);
     const pk_real *weights = phi->at;
     if (graph->tied) {
-        pk_graph_spread(graph, phi->at, phi->use_weights);
+        pk_graph_untie(graph, phi->at, phi->use_weights);
         weights = phi->use_weights;
     }
     const pk__line line = {weights, NULL, NULL};
@@ -398,7 +398,7 @@ static void pk__step_integral_kink(pk__step_integral *phi, pk_matrix inputs, dou
     pk__step_integral_forward(phi, t, D, phi->copies);
     const pk_real *weights = phi->at, *direction = phi->direction;
     if (graph->tied) {
-        pk_graph_spread(graph, phi->direction, phi->use_direction);
+        pk_graph_untie(graph, phi->direction, phi->use_direction);
         weights = phi->use_weights, direction = phi->use_direction;
     }
     /* dz/dt, along the step, for one row. */

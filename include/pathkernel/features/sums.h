@@ -40,7 +40,7 @@ static const pk_real *pk__known_transposed(const pk__integral *integral, const p
     const pk_real *transposed = segment->tape.transposed;
     return !transposed                       ? NULL
            : direction == segment->weights   ? transposed
-           : direction == segment->direction ? transposed + integral->graph->spread
+           : direction == segment->direction ? transposed + integral->graph->untied
                                              : NULL;
 }
 

@@ -60,7 +60,7 @@ typedef struct pk__along {
     size_t points, refused; /* counted: values of t, or points of rows; pieces accepted although they missed */
     /* Private: */
     size_t numbers, together; /* together: nodes of one matrix product */
-    pk_real *at, *part, *spread;
+    pk_real *at, *part, *untied;
     double *coarse, *fine, *nodes, *weights;
     double scale;
     double *some;    /* of the rows without kinks */
@@ -127,8 +127,8 @@ static void pk__along_take(pk__arena *arena, pk__along *along)
     const size_t P = along->graph->parameters;
     along->direction = pk__arena_take(arena, P, sizeof(pk_real));
     along->at = pk__arena_take(arena, P, along->together * sizeof(pk_real));
-    along->spread =
-        along->graph->tied ? pk__arena_take(arena, along->graph->spread, 2 * sizeof(pk_real)) : NULL;
+    along->untied =
+        along->graph->tied ? pk__arena_take(arena, along->graph->untied, 2 * sizeof(pk_real)) : NULL;
     along->part = pk__arena_take(arena, along->numbers, sizeof(pk_real));
     along->coarse = pk__arena_take(arena, along->numbers, sizeof(double));
     along->fine = pk__arena_take(arena, along->numbers, sizeof(double));
@@ -185,8 +185,8 @@ PK__INTERNAL void pk__along_begin(pk__along *along)
     for (size_t p = 0; p < graph->parameters; p++)
         along->direction[p] = (pk_real)((double)along->next[p] - along->w[p]);
     if (graph->tied) {
-        pk_graph_spread(graph, along->w, along->spread);
-        pk_graph_spread(graph, along->direction, along->spread + graph->spread);
+        pk_graph_untie(graph, along->w, along->untied);
+        pk_graph_untie(graph, along->direction, along->untied + graph->untied);
     }
 }
 
@@ -499,8 +499,8 @@ static pk_status pk__along_split(pk__along *along, pk__along_rows *rows, pk__alo
     pk_status status = PK_OK;
     for (size_t r = 0; r < count; r++)
         pk__pieces_push(&from, r, a, b);
-    pk__path_begin(&rows->path, graph->tied ? along->spread : along->w,
-                   graph->tied ? along->spread + graph->spread : along->direction, NULL, count,
+    pk__path_begin(&rows->path, graph->tied ? along->untied : along->w,
+                   graph->tied ? along->untied + graph->untied : along->direction, NULL, count,
                    inputs->data + first * inputs->ld);
     if (!pk__path_split(&rows->path, &from, &rows->found)) {
         if (count > 1) {
@@ -548,8 +548,8 @@ static pk_status pk__along_cut(pk__along *along, pk__along_rows *rows, pk__along
         const size_t r = side->pieces.piece[i].row;
         for (end = i; end < side->pieces.count && side->pieces.piece[end].row == r;)
             end++;
-        pk__path_begin(&rows->path, graph->tied ? along->spread : along->w,
-                       graph->tied ? along->spread + graph->spread : along->direction, NULL, 1,
+        pk__path_begin(&rows->path, graph->tied ? along->untied : along->w,
+                       graph->tied ? along->untied + graph->untied : along->direction, NULL, 1,
                        of->rows.data + r * of->rows.ld);
         status = pk__pieces_split(&search, end - i, side->pieces.piece + i,
                                   criterion ? of->targets + r * graph->output_width : NULL,
@@ -682,8 +682,8 @@ static pk_status pk__along_closure(pk__along *along, pk__along_rows *rows, const
     pk_gauss_legendre(nodes, node, weight);
     for (size_t first = 0, some; !status && first < count; first += some) {
         some = pk__min(count - first, PK__ALONG_ROWS);
-        pk__path_begin(&rows->path, graph->tied ? along->spread : along->w,
-                       graph->tied ? along->spread + graph->spread : along->direction, NULL, some,
+        pk__path_begin(&rows->path, graph->tied ? along->untied : along->w,
+                       graph->tied ? along->untied + graph->untied : along->direction, NULL, some,
                        of->rows.data + first * of->rows.ld);
         const size_t pieces = side->first[first + some] - side->first[first], n = (size_t)nodes;
         for (size_t p = 0, together; p < 2 * some + pieces * n; p += together) {
@@ -981,8 +981,8 @@ static int pk__along_steady(pk__along *along, pk__along_rows *rows, const pk__gr
         const size_t count = pk__min(PK__ALONG_ROWS, of->rows.rows - r);
         if (of->rows.ld != of->rows.cols)
             return 0;
-        pk__path_begin(&rows->path, graph->tied ? along->spread : along->w,
-                       graph->tied ? along->spread + graph->spread : along->direction, NULL, count,
+        pk__path_begin(&rows->path, graph->tied ? along->untied : along->w,
+                       graph->tied ? along->untied + graph->untied : along->direction, NULL, count,
                        of->rows.data + r * of->rows.ld);
         if (!pk__rows_are_steady(&rows->path, count, of->seeds == PK__SEEDS_LOSS ? along->criterion : NULL))
             return 0;

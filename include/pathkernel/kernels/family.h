@@ -219,7 +219,7 @@ static int pk__is_matrix_layer(const pk_node *node)
                                   strcmp(node->operation->name, "embedding") == 0);
 }
 
-/* Matrix layer number `number` in the order of the spread vector, which is that of w; NULL beyond the last. */
+/* Matrix layer number `number` in the order of the untied vector, which is that of w; NULL beyond the last. */
 PK__PRIVATE const pk_node *pk__matrix_layer(const pk_graph *graph, size_t number)
 {
     for (size_t l = 0; l < graph->node_count; l++) {
@@ -282,10 +282,11 @@ static pk_status pk__kernel_check_rule(pk_context *context, const pk_run *run, c
     const pk__kernel_row *row = &pk__kernel_rows[options->kind];
     const pk_quadrature *rule = &options->quadrature;
     if ((row->feature == PK__FEATURE_LOSS || row->right_loss) && run->loss_gradients.data)
-        return pk__fail(context, PK_UNSUPPORTED,
-                        "%s: the run has recorded derivatives of a loss, at its own steps only, so that gradients of the "
-                        "loss at other weights are not known",
-                        row->name);
+        return pk__fail(
+            context, PK_UNSUPPORTED,
+            "%s: the run has recorded derivatives of a loss, at its own steps only, so that gradients of the "
+            "loss at other weights are not known",
+            row->name);
     if (!row->moves && rule->rule != PK_RULE_AUTO && rule->rule != PK_RULE_LEFT)
         return pk__fail(context, PK_ARGUMENT,
                         "%s takes its features at the weights themselves: no rule but left", row->name);

@@ -339,12 +339,12 @@ static void pk__fed_products(const pk_graph *graph, const pk__kernel_term *term,
 }
 
 static void pk__fed_take(pk__arena *arena, const pk_graph *graph, pk__tape tapes[2], pk_real **part,
-                         pk_real **spread)
+                         pk_real **untied)
 {
     pk__pass_take(arena, graph, PK__FED_ROWS, 0, 0, &tapes[0]);
     pk__pass_take(arena, graph, PK__FED_ROWS, 0, 0, &tapes[1]);
     *part = pk__arena_take(arena, PK__FED_ROWS, PK__FED_ROWS * sizeof(pk_real));
-    *spread = graph->tied ? pk__arena_take(arena, graph->spread, sizeof(pk_real)) : NULL;
+    *untied = graph->tied ? pk__arena_take(arena, graph->untied, sizeof(pk_real)) : NULL;
 }
 
 /* block = the Gram matrix of what is fed to layers at w. */
@@ -355,17 +355,17 @@ static pk_status pk__kernel_fed(pk__kernel_pass *pass, const pk__kernel_term *te
     const size_t size[2] = {rows[0].count, rows[1].count}, D = graph->input_width;
     const int symmetric = pk__term_symmetric(term) && rows[0].index[0] == rows[1].index[0];
     pk__tape tapes[2];
-    pk_real *part = NULL, *spread = NULL;
+    pk_real *part = NULL, *untied = NULL;
     pk_status status;
     pk__arena arena = {NULL, 0, 0, 0};
     do
-        pk__fed_take(&arena, graph, tapes, &part, &spread);
+        pk__fed_take(&arena, graph, tapes, &part, &untied);
     while (pk__arena_again(pass->context, &arena, "kernels", &status));
     if (status)
         return status;
-    if (spread)
-        pk_graph_spread(graph, pass->w, spread);
-    const pk__line line = {spread ? spread : pass->w, NULL, NULL};
+    if (untied)
+        pk_graph_untie(graph, pass->w, untied);
+    const pk__line line = {untied ? untied : pass->w, NULL, NULL};
     pk__tape *const tape[2] = {&tapes[0], &tapes[1]};
     size_t at[2], count[2];
     for (at[0] = 0; at[0] < size[0]; at[0] += PK__FED_ROWS) {

@@ -1,7 +1,7 @@
 /* pathkernel/kernels/sketch.h: tangent kernels from few numbers a row, with the error that this makes.
  *
  * Gradients of P numbers are mapped to m numbers by a random linear map R with E R^T R = 1, so that products are kept on
- * average (Johnson and Lindenstrauss 1984), with a spread of about sqrt(2 / m) of |g| |g'|:
+ * average (Johnson and Lindenstrauss 1984), with a untied of about sqrt(2 / m) of |g| |g'|:
  *     Rademacher   R_ip = +-1 / sqrt(m)                                                                       m P a row
  *     SRHT         R = sqrt(1/m) (m rows of H, drawn without replacement) D, D signs, H Walsh and Hadamard's matrix of
  *                  n = 2^k >= P numbers (Ailon and Chazelle 2006; Tropp 2011)                                n log n a row

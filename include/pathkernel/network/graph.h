@@ -3,7 +3,7 @@
  * a shape and the list of its uses, that is of the parameter tensors of nodes that read it. Parameter groups, tied
  * weights and the columns of by_layer are properties of blocks.
  *
- * Where a block has several uses, each node still works on its own numbers, one after the other in a spread vector E w of
+ * Where a block has several uses, each node still works on its own numbers, one after the other in the untied weights E w,
  * copies and transposes: f(w) = F(E w), and the gradient with respect to w is E^T that of F. Without ties E is the
  * identity, and nothing is copied.
  */
@@ -98,7 +98,7 @@ typedef struct pk_node {
     int inputs[PK_NODE_INPUTS]; /* earlier nodes */
     pk_shape shape;
     size_t width;
-    size_t weight_offset, weight_count; /* in the spread vector, which is w itself in a graph without ties */
+    size_t weight_offset, weight_count; /* in the untied weights, which are w itself in a graph without ties */
     int tensor_count;
     pk_parameter_tensor tensors[PK_NODE_TENSORS]; /* all of its weights, one after the other */
     int shares;                                   /* another node uses one of its blocks, too */
@@ -114,7 +114,7 @@ typedef struct pk_node {
     /* Along a line w + t d: */
     int varies;         /* the value depends on t */
     int degree;         /* the value is a (piecewise) polynomial in t of at most this degree; -1: it is not */
-    int input_degree; /* the same of its inputs, and so of its switch functions */
+    int input_degree;   /* the same of its inputs, and so of its switch functions */
     int input_constant; /* no input depends on t */
     int cotangent_constant;     /* d output / d value does not depend on t */
     int shared[PK_NODE_INPUTS]; /* a later node (or an earlier input) reads the same node */
@@ -186,7 +186,7 @@ typedef struct pk_graph {
     size_t node_count, node_capacity;
     pk_node *nodes;    /* in topological order; nodes[0] is the input, the last one the output */
     size_t parameters; /* P, of w */
-    size_t spread;     /* of the spread vector: the sum of the nodes' weight_count */
+    size_t untied;     /* the number of untied weights: the sum of the nodes' weight_count */
     size_t columns;    /* of by_layer: nodes that are the first to use a block */
     size_t block_count, use_count, tensor_capacity;
     pk_weight_block *blocks; /* owned */
@@ -223,10 +223,10 @@ PK_API PK__MUST_USE pk_status pk_graph_add_constants(pk_context *context, pk_gra
  * transposed matrix, of the transposed shape. PK_ARGUMENT or PK_SHAPE name both; the graph is unchanged then. */
 PK_API PK__MUST_USE pk_status pk_graph_tie(pk_context *context, pk_graph *graph, int node, int tensor,
                                            int other, int transposed);
-/* spread (graph->spread) = E flat (graph->parameters). */
-PK_API void pk_graph_spread(const pk_graph *graph, const pk_real *flat, pk_real *spread);
-/* flat = E^T spread: the sum over the uses of each block. flat may be the same array as spread. */
-PK_API void pk_graph_gather(const pk_graph *graph, const pk_real *spread, pk_real *flat);
+/* untied (graph->untied) = E flat (graph->parameters). */
+PK_API void pk_graph_untie(const pk_graph *graph, const pk_real *flat, pk_real *untied);
+/* flat = E^T untied: the sum over the uses of each block. flat may be the same array as untied. */
+PK_API void pk_graph_gather(const pk_graph *graph, const pk_real *untied, pk_real *flat);
 /* Checks a row of data (input width) against the operations that read it: tokens are whole numbers below the vocabulary's
  * size. PK_ARGUMENT names the row by its number. */
 PK_API PK__MUST_USE pk_status pk_graph_check_inputs(pk_context *context, const pk_graph *graph, size_t row,
@@ -595,7 +595,7 @@ PK__PRIVATE pk_status pk__graph_append(pk_context *context, pk_graph *graph, con
     }
     if (!status)
         status = pk__check_node(context, graph, &node);
-    if (!status && node.weight_count > SIZE_MAX / 4096 - graph->spread)
+    if (!status && node.weight_count > SIZE_MAX / 4096 - graph->untied)
         status = pk__fail(context, PK_OVERFLOW, "%s: the number of parameters overflows", operation->name);
     if (!status)
         status = pk__node_tensors(context, &node);
@@ -610,8 +610,8 @@ PK__PRIVATE pk_status pk__graph_append(pk_context *context, pk_graph *graph, con
         return status;
     if (node.weight_count) {
         node.layer = (int)graph->layers++;
-        node.weight_offset = graph->spread;
-        graph->spread += node.weight_count;
+        node.weight_offset = graph->untied;
+        graph->untied += node.weight_count;
         graph->use_count += (size_t)node.tensor_count;
     }
     pk__node_analyse(graph, &node);
@@ -734,16 +734,16 @@ PK_API pk_status pk_graph_tie(pk_context *context, pk_graph *graph, int node, in
     return status;
 }
 
-PK_API void pk_graph_spread(const pk_graph *graph, const pk_real *flat, pk_real *spread)
+PK_API void pk_graph_untie(const pk_graph *graph, const pk_real *flat, pk_real *untied)
 {
-    if (!graph->tied && graph->spread)
-        memcpy(spread, flat, graph->spread * sizeof *spread);
+    if (!graph->tied && graph->untied)
+        memcpy(untied, flat, graph->untied * sizeof *untied);
     for (size_t b = 0; graph->tied && b < graph->block_count; b++)
         for (size_t u = 0; u < graph->blocks[b].use_count; u++) {
             const pk_node *node = &graph->nodes[graph->blocks[b].uses[u].node];
             const pk_parameter_tensor *tensor = &node->tensors[graph->blocks[b].uses[u].tensor];
             const pk_real *from = flat + graph->blocks[b].first;
-            pk_real *to = spread + node->weight_offset + tensor->first;
+            pk_real *to = untied + node->weight_offset + tensor->first;
             const size_t rows = tensor->transposed ? tensor->shape.dims[0] : 0, cols = tensor->shape.dims[1];
             if (!rows)
                 memcpy(to, from, tensor->count * sizeof *to);
@@ -753,17 +753,17 @@ PK_API void pk_graph_spread(const pk_graph *graph, const pk_real *flat, pk_real 
         }
 }
 
-/* Works in place: a block begins in flat no later than its first use in spread, and blocks come in the order of their first
+/* Works in place: a block begins in flat no later than its first use in untied, and blocks come in the order of their first
  * uses, so that nothing is overwritten before it is read. */
-PK_API void pk_graph_gather(const pk_graph *graph, const pk_real *spread, pk_real *flat)
+PK_API void pk_graph_gather(const pk_graph *graph, const pk_real *untied, pk_real *flat)
 {
-    if (!graph->tied && graph->spread && flat != spread)
-        memcpy(flat, spread, graph->spread * sizeof *spread);
+    if (!graph->tied && graph->untied && flat != untied)
+        memcpy(flat, untied, graph->untied * sizeof *untied);
     for (size_t b = 0; graph->tied && b < graph->block_count; b++)
         for (size_t u = 0; u < graph->blocks[b].use_count; u++) {
             const pk_node *node = &graph->nodes[graph->blocks[b].uses[u].node];
             const pk_parameter_tensor *tensor = &node->tensors[graph->blocks[b].uses[u].tensor];
-            const pk_real *from = spread + node->weight_offset + tensor->first;
+            const pk_real *from = untied + node->weight_offset + tensor->first;
             pk_real *to = flat + graph->blocks[b].first;
             const size_t rows = tensor->transposed ? tensor->shape.dims[0] : 0, cols = tensor->shape.dims[1];
             if (!u)

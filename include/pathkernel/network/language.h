@@ -1706,7 +1706,7 @@ PK_API pk_status pk_network_initialize(pk_context *context, const pk_graph *grap
         return pk__fail(context, PK_ARGUMENT, "initialization needs a network and room for its weights");
     pk_real *flat = weights;
     if (graph->tied) {
-        pk_status status = pk_allocate(context, graph->spread, sizeof *weights, "initial weights", &weights);
+        pk_status status = pk_allocate(context, graph->untied, sizeof *weights, "initial weights", &weights);
         if (status)
             return status;
     }

@@ -138,7 +138,7 @@ PK__INTERNAL int pk__pass_transposes(const pk_graph *graph)
     int some = 0;
     for (size_t n = 1; n < graph->node_count; n++)
         some |= pk__is_plain_layer(&graph->nodes[n]);
-    return some && graph->spread <= (size_t)PK__TRANSPOSED;
+    return some && graph->untied <= (size_t)PK__TRANSPOSED;
 }
 
 PK__INTERNAL void pk__pass_transpose(const pk_graph *graph, const pk_real *weights, pk_real *transposed)
@@ -396,7 +396,7 @@ static void pk__line_layer(const pk__tape *tape, const pk__line *line, const pk_
     }
     pk__layer_product(node, places, first, line->weights, transposed, (pk_real)bias, to);
     pk__layer_product(node, places, second, line->direction,
-                      transposed ? transposed + tape->graph->spread : NULL, 1, to);
+                      transposed ? transposed + tape->graph->untied : NULL, 1, to);
 }
 
 /* From unit seeds the cotangents of the inputs of a last layer y = (w + t d) a + b are its weights: no product. */
@@ -478,8 +478,8 @@ PK__INTERNAL void pk__pass_forward(pk__tape *tape, const pk__line *line, size_t 
 
 PK__INTERNAL int pk__has_mean_slopes(const pk_node *node)
 {
-    return node->operation && node->operation->smoothness == PK_PIECEWISE_LINEAR && node->operation->switch_count &&
-           !node->weight_count && !node->input_constant;
+    return node->operation && node->operation->smoothness == PK_PIECEWISE_LINEAR &&
+           node->operation->switch_count && !node->weight_count && !node->input_constant;
 }
 
 PK__INTERNAL size_t pk__mean_numbers(const pk_graph *graph, size_t copies)
@@ -515,7 +515,8 @@ static pk_call pk__call_at(const pk__tape *tape, const pk_node *node, size_t row
 static const pk_real *pk__mean_slopes(const pk__tape *tape, const pk_node *node, size_t p)
 {
     const size_t width = node->width;
-    pk_real *slope = tape->mean, *rule = slope + width, *ones = rule + width; /* rule: the slopes at the start */
+    pk_real *slope = tape->mean, *rule = slope + width,
+            *ones = rule + width; /* rule: the slopes at the start */
     pk_call a = pk__call_at(tape, node, tape->from[p], 1);
     const pk_call b = pk__call_at(tape, node, tape->to[p], 1);
     for (size_t j = 0; j < width; j++)
@@ -774,12 +775,12 @@ typedef struct pk__evaluator {
     pk_real *rows; /* PK__EVALUATE_ROWS x D: a block of the inputs */
 } pk__evaluator;
 
-/* *unrolled: the weights in the layout of the spread vector, NULL without ties. */
+/* *untied: the weights in the layout of the untied weights, NULL without ties. */
 static void pk__evaluators_take(pk__arena *arena, const pk_graph *graph, size_t threads,
-                                pk__evaluator **evaluators, pk_real **unrolled)
+                                pk__evaluator **evaluators, pk_real **untied)
 {
     *evaluators = pk__arena_take(arena, threads, sizeof **evaluators);
-    *unrolled = pk__arena_take(arena, graph->tied ? graph->spread : 0, sizeof **unrolled);
+    *untied = pk__arena_take(arena, graph->tied ? graph->untied : 0, sizeof **untied);
     for (size_t thread = 0; thread < threads; thread++) {
         pk__evaluator measured, *own = *evaluators ? *evaluators + thread : &measured;
         pk__pass_take(arena, graph, PK__EVALUATE_ROWS, 0, 0, &own->tape);
@@ -811,16 +812,16 @@ PK_API pk_status pk_graph_evaluate(pk_context *context, const pk_graph *graph, c
     size_t threads = pk__min((size_t)pk_threads(context), blocks);
     pk__arena arena = {NULL, 0, 0, 0};
     pk__evaluator *evaluators;
-    pk_real *unrolled;
+    pk_real *untied;
     pk_status status;
     do
-        pk__evaluators_take(&arena, graph, threads, &evaluators, &unrolled);
+        pk__evaluators_take(&arena, graph, threads, &evaluators, &untied);
     while (pk__arena_again(context, &arena, "evaluating the network", &status));
     if (status)
         return status;
-    if (unrolled) {
-        pk_graph_spread(graph, weights, unrolled);
-        weights = unrolled;
+    if (untied) {
+        pk_graph_untie(graph, weights, untied);
+        weights = untied;
     }
     const pk__line line = {weights, NULL, NULL};
     pk__team team = pk__team_of(context, (int)threads, blocks);

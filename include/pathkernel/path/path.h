@@ -31,7 +31,8 @@ typedef struct pk__piece {
     unsigned char joined; /* there is no kink at a: the piece in front goes on smoothly */
     unsigned char order, nested,
         accepted; /* its nodes; how they are judged; whether they are part of the result */
-    unsigned char unsplit; /* its kinks have not been looked for: each node has the mean slopes of its stretch */
+    unsigned char
+        unsplit; /* its kinks have not been looked for: each node has the mean slopes of its stretch */
     /* Then: at least so many switch functions have another sign at its end; how far the mean inputs of layers by two rules are
      * apart, relative to their size. */
     size_t kinks;
@@ -70,7 +71,7 @@ typedef struct pk__path {
     pk_real *point_t;
     size_t *from, *to; /* of points with mean slopes: the points at the ends of their stretches */
     pk_real *gap;      /* of the same, after pk__path_tangent: pk__tape.gap */
-    size_t held; /* the number of points whose values are in the tape: held_row, held_t */
+    size_t held;       /* the number of points whose values are in the tape: held_row, held_t */
     size_t *held_row;
     pk_real *held_t;
     pk__pieces pending, batch; /* pieces still to be searched for kinks, and those that are sampled now */
@@ -316,8 +317,8 @@ PK__INTERNAL size_t pk__path_stretches(pk__path *segment, size_t count, const si
         segment->from[p] = segment->to[p] = p;
         if (!(from[p] < to[p]))
             continue;
-        const int follows = p && points > count && row[p - 1] == row[p] && segment->point_t[points - 1] == from[p] &&
-                            segment->to[p - 1] == points - 1;
+        const int follows = p && points > count && row[p - 1] == row[p] &&
+                            segment->point_t[points - 1] == from[p] && segment->to[p - 1] == points - 1;
         for (int end = follows; end < 2; end++, points++) {
             segment->point_row[points] = row[p];
             segment->point_t[points] = end ? to[p] : from[p];
@@ -367,7 +368,7 @@ PK__INTERNAL void pk__path_begin(pk__path *segment, const pk_real *weights, cons
         if (segment->base[n])
             pk__path_affine(segment, node, weights, transposed, segment->base[n]);
         if (segment->slope[n])
-            pk__path_affine(segment, node, direction, transposed ? transposed + graph->spread : NULL,
+            pk__path_affine(segment, node, direction, transposed ? transposed + graph->untied : NULL,
                             segment->slope[n]);
     }
 }
@@ -492,8 +493,8 @@ static void pk__turned_tangent(pk__path *segment, const pk__line *line, const pk
     pk__negate(count * node->width, tangent[node - graph->nodes]);
 }
 
-static void pk__path_tangents(pk__path *segment, size_t first, size_t count, const size_t *row, const pk_real *t,
-                              int probe)
+static void pk__path_tangents(pk__path *segment, size_t first, size_t count, const size_t *row,
+                              const pk_real *t, int probe)
 {
     const pk_graph *graph = segment->graph;
     const pk__line line = {segment->weights, segment->direction, t};

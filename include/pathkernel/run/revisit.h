@@ -170,7 +170,7 @@ static void pk__trainer_take(pk__arena *arena, size_t largest_batch, int threads
     workspace->graph = trainer->graph;
     workspace->largest_batch = largest_batch;
     workspace->threads =
-        (int)pk__min((size_t)threads, pk__gradient_cut(trainer->graph->spread, largest_batch).groups);
+        (int)pk__min((size_t)threads, pk__gradient_cut(trainer->graph->untied, largest_batch).groups);
     pk__gradient_take(arena, trainer->graph, workspace);
 }
 

@@ -108,7 +108,7 @@ typedef struct pk__sweep_lane {
     pk__tape tape;
     pk_real *inputs, *target; /* block x D, C */
     pk_real **second;         /* by node: the tangent of its cotangent, rows x width */
-    pk_real *spread;          /* with ties: the gradient of a row, of each use of a tensor */
+    pk_real *untied;          /* with ties: the gradient of a row, of each use of a tensor */
     pk_real *zeros;           /* block x the widest input of a layer */
     pk_real *part;            /* 2 x the largest number of weights of a layer */
 } pk__sweep_lane;
@@ -142,8 +142,8 @@ static void pk__sweep_take(pk__arena *arena, const pk__sweep *sweep, size_t rows
     pk__pass_take(arena, graph, rows, sweep->copies, sweep->tangents, &lane->tape);
     lane->inputs = pk__arena_take(arena, rows, graph->input_width * sizeof(pk_real));
     lane->target = pk__arena_take(arena, graph->output_width, sizeof(pk_real));
-    lane->spread = graph->tied && sweep->of_weights.data
-                       ? pk__arena_take(arena, graph->spread, sizeof *lane->spread)
+    lane->untied = graph->tied && sweep->of_weights.data
+                       ? pk__arena_take(arena, graph->untied, sizeof *lane->untied)
                        : NULL;
     if (!sweep->second)
         return;
@@ -183,7 +183,7 @@ static size_t pk__sweep_group(const pk__sweep *sweep, const pk__gradient_plan *p
     size_t first = plan->blocks * group / plan->groups * plan->block, bad = SIZE_MAX;
     const size_t end = pk__min(plan->blocks * (group + 1) / plan->groups * plan->block, sweep->rows);
     if (sum)
-        memset(sum, 0, sweep->graph->spread * sizeof *sum);
+        memset(sum, 0, sweep->graph->untied * sizeof *sum);
     for (; first < end; first += plan->block) {
         const size_t rows = pk__min(end - first, plan->block);
         pk__sweep_inputs(sweep, first, rows, lane->inputs);
@@ -203,7 +203,7 @@ typedef struct pk__sweep_memory {
 static void pk__sweep_memory_take(pk__arena *arena, const pk__sweep *sweep, const pk__gradient_plan *plan,
                                   size_t threads, pk__sweep_memory *memory)
 {
-    const size_t sum = sweep->graph->spread * sizeof *memory->partial;
+    const size_t sum = sweep->graph->untied * sizeof *memory->partial;
     memory->lanes = pk__arena_take(arena, threads, sizeof *memory->lanes);
     memory->bad = pk__arena_take(arena, plan->groups, sizeof *memory->bad);
     memory->partial = pk__arena_take(arena, sweep->sum ? plan->groups - 1 : 0, sum);
@@ -214,11 +214,11 @@ static void pk__sweep_memory_take(pk__arena *arena, const pk__sweep *sweep, cons
     }
 }
 
-/* Checks the rows, allocates and computes all blocks; weights and sum have the layout of the spread vector. */
-static pk_status pk__sweep_spread(pk_context *context, const pk__sweep *sweep)
+/* Checks the rows, allocates and computes all blocks; weights and sum have the layout of the untied weights. */
+static pk_status pk__sweep_untied(pk_context *context, const pk__sweep *sweep)
 {
     const pk_graph *graph = sweep->graph;
-    const size_t parameters = graph->spread;
+    const size_t parameters = graph->untied;
     pk__gradient_plan plan = pk__gradient_cut(parameters, sweep->rows);
     if (!sweep->sum) {
         plan.block = sweep->copies > 1 ? pk__max(64 / sweep->copies, 1) : 64;
@@ -248,12 +248,12 @@ static pk_status pk__sweep_spread(pk_context *context, const pk__sweep *sweep)
         pk__team team = pk__team_of(context, workers, plan.groups);
         PK__PARALLEL(team)
         for (size_t group = pk__first_task(&team); group < plan.groups; group = pk__next_task(&team))
-            memory.bad[group] = pk__sweep_group(
-                sweep, &plan, group, &memory.lanes[pk__thread()],
-                group && sweep->sum ? memory.partial + (group - 1) * parameters : sweep->sum);
+            memory.bad[group] =
+                pk__sweep_group(sweep, &plan, group, &memory.lanes[pk__thread()],
+                                group && sweep->sum ? memory.partial + (group - 1) * parameters : sweep->sum);
         pk__team_end(&team);
-        const int finite =
-            !sweep->sum || pk__gradient_reduce(context, sweep->sum, memory.partial, plan.groups, parameters, workers);
+        const int finite = !sweep->sum || pk__gradient_reduce(context, sweep->sum, memory.partial, plan.groups,
+                                                              parameters, workers);
         size_t group = 0;
         while (group < plan.groups && memory.bad[group] == SIZE_MAX)
             group++;
@@ -270,26 +270,26 @@ static pk_status pk__sweep_spread(pk_context *context, const pk__sweep *sweep)
 static pk_status pk__sweep_run(pk_context *context, const pk__sweep *sweep)
 {
     const pk_graph *graph = sweep->graph;
-    const size_t spread = graph->spread;
+    const size_t untied = graph->untied;
     if (!graph->tied)
-        return pk__sweep_spread(context, sweep);
+        return pk__sweep_untied(context, sweep);
     pk__sweep own = *sweep;
     pk_real *weights, *direction;
     pk_status status;
     pk__arena arena = {NULL, 0, 0, 0};
     do {
-        weights = pk__arena_take(&arena, spread, sizeof *weights);
-        direction = pk__arena_take(&arena, sweep->direction ? spread : 0, sizeof *direction);
-        own.sum = pk__arena_take(&arena, sweep->sum ? spread : 0, sizeof *own.sum);
+        weights = pk__arena_take(&arena, untied, sizeof *weights);
+        direction = pk__arena_take(&arena, sweep->direction ? untied : 0, sizeof *direction);
+        own.sum = pk__arena_take(&arena, sweep->sum ? untied : 0, sizeof *own.sum);
     } while (pk__arena_again(context, &arena, sweep->name, &status));
     if (status)
         return status;
-    pk_graph_spread(graph, sweep->weights, weights);
+    pk_graph_untie(graph, sweep->weights, weights);
     if (direction)
-        pk_graph_spread(graph, sweep->direction, direction);
+        pk_graph_untie(graph, sweep->direction, direction);
     own.weights = weights;
     own.direction = direction;
-    status = pk__sweep_spread(context, &own);
+    status = pk__sweep_untied(context, &own);
     if (sweep->sum && (!status || status == PK_NOT_FINITE)) {
         pk_graph_gather(graph, own.sum, own.sum);
         memcpy(sweep->sum, own.sum, graph->parameters * sizeof *own.sum);
@@ -366,10 +366,10 @@ static size_t pk__sweep_reverse(const pk__sweep *sweep, pk__sweep_lane *lane, si
         if (sweep->of_weights.data) {
             pk_real *gradient = sweep->of_weights.data + to * sweep->of_weights.ld;
             pk__sweep_row_gradient(sweep, tape, at / copies, at % copies,
-                                   graph->tied ? lane->spread : gradient);
+                                   graph->tied ? lane->untied : gradient);
             if (graph->tied) {
-                pk_graph_gather(graph, lane->spread, lane->spread);
-                memcpy(gradient, lane->spread, graph->parameters * sizeof *gradient);
+                pk_graph_gather(graph, lane->untied, lane->untied);
+                memcpy(gradient, lane->untied, graph->parameters * sizeof *gradient);
             }
             finite = pk__all_finite(gradient, graph->parameters);
         }
@@ -554,14 +554,14 @@ static size_t pk__sweep_mixed(const pk__sweep *sweep, pk__sweep_lane *lane, size
         int finite = 1;
         if (sweep->of_weights.data) {
             pk_real *to = sweep->of_weights.data + (first + r) * sweep->of_weights.ld;
-            pk_real *gradient = graph->tied ? lane->spread : to;
-            memset(gradient, 0, graph->spread * sizeof *gradient);
+            pk_real *gradient = graph->tied ? lane->untied : to;
+            memset(gradient, 0, graph->untied * sizeof *gradient);
             for (size_t n = 1; n < graph->node_count; n++)
                 if (graph->nodes[n].weight_count)
                     pk__sweep_second_gradient(sweep, lane, &graph->nodes[n], r, 1, gradient);
             if (graph->tied) {
-                pk_graph_gather(graph, lane->spread, lane->spread);
-                memcpy(to, lane->spread, graph->parameters * sizeof *to);
+                pk_graph_gather(graph, lane->untied, lane->untied);
+                memcpy(to, lane->untied, graph->parameters * sizeof *to);
             }
             finite = pk__all_finite(to, graph->parameters);
         }

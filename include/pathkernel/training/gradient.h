@@ -32,7 +32,7 @@ typedef struct pk_gradient_workspace {
     struct pk__gradient_lane *lanes;   /* threads: a tape and the rows of one block */
     struct pk__gradient_group *groups; /* one result a group */
     pk_real *partial;                  /* (groups - 1) x P */
-    pk_real *spread;                   /* with ties: weights and gradient in the layout of the spread vector */
+    pk_real *untied;                   /* with ties: weights and gradient in the layout of the untied weights */
     void *memory;
 } pk_gradient_workspace;
 
@@ -112,15 +112,15 @@ PK__PRIVATE double pk__graph_work(const pk_graph *graph)
 /* Takes the workspace's arrays; its graph, largest_batch and threads are set. */
 PK__PRIVATE void pk__gradient_take(pk__arena *arena, const pk_graph *graph, pk_gradient_workspace *workspace)
 {
-    pk__gradient_plan plan = pk__gradient_cut(graph->spread, workspace->largest_batch);
+    pk__gradient_plan plan = pk__gradient_cut(graph->untied, workspace->largest_batch);
     size_t rows = workspace->largest_batch < plan.block ? workspace->largest_batch : plan.block, partial = 0;
-    if (!pk__multiply(plan.groups > 1 ? plan.groups - 1 : 0, graph->spread, &partial))
+    if (!pk__multiply(plan.groups > 1 ? plan.groups - 1 : 0, graph->untied, &partial))
         arena->overflow = 1;
     workspace->lanes = pk__arena_take(arena, (size_t)workspace->threads, sizeof *workspace->lanes);
     workspace->groups = pk__arena_take(arena, plan.groups, sizeof *workspace->groups);
     workspace->partial = pk__arena_take(arena, partial, sizeof *workspace->partial);
-    workspace->spread =
-        graph->tied ? pk__arena_take(arena, 2, graph->spread * sizeof *workspace->spread) : NULL;
+    workspace->untied =
+        graph->tied ? pk__arena_take(arena, 2, graph->untied * sizeof *workspace->untied) : NULL;
     for (int thread = 0; thread < workspace->threads; thread++) {
         pk__gradient_lane lane;
         size_t inputs = 0, targets = 0;
@@ -146,7 +146,7 @@ PK_API pk_status pk_gradient_prepare(pk_context *context, const pk_graph *graph,
     memset(&taken, 0, sizeof taken);
     taken.graph = graph;
     taken.largest_batch = largest_batch;
-    size_t groups = pk__gradient_cut(graph->spread, largest_batch).groups;
+    size_t groups = pk__gradient_cut(graph->untied, largest_batch).groups;
     taken.threads = pk_threads(context);
     if ((size_t)taken.threads > groups)
         taken.threads = (int)groups;
@@ -249,7 +249,7 @@ static void pk__gradient_group_run(const pk__gradient_job *job, size_t group, pk
     if (end > batch->count)
         end = batch->count;
     pk__gradient_group sum = {0, SIZE_MAX}; /* results of groups share cache lines: written once */
-    memset(gradient, 0, tape->graph->spread * sizeof *gradient);
+    memset(gradient, 0, tape->graph->untied * sizeof *gradient);
     for (; first < end; first += block) {
         size_t rows = end - first < block ? end - first : block;
         pk__line line = {job->weights, NULL, NULL};
@@ -351,12 +351,12 @@ PK_API pk_status pk_batch_gradient_with(pk_context *context, const pk_graph *gra
         pk__gradient_arguments(context, graph, job.rule, weights, dataset, batch, workspace, gradient);
     if (status)
         return status;
-    const size_t parameters = graph->spread;
+    const size_t parameters = graph->untied;
     pk_real *flat = gradient;
     if (graph->tied) {
-        pk_graph_spread(graph, weights, workspace->spread);
-        job.weights = workspace->spread;
-        gradient = workspace->spread + parameters;
+        pk_graph_untie(graph, weights, workspace->untied);
+        job.weights = workspace->untied;
+        gradient = workspace->untied + parameters;
     }
     job.plan = pk__gradient_cut(parameters, batch->count);
     size_t groups = job.plan.groups;
