@@ -14,7 +14,7 @@ endif()
 set(tests context parallel tile matrix random array dataset graph image convolution_shapes norm sequence language loss
     derivatives optimizer run revisit train path quadrature integral plan decompose_exact decompose_options
     decompose_image decompose_places decompose_networks decompose_entries recorded reference scales rough_runs tolerance
-    kernel elementary measure machine bounds tied groups state kernels kernel_pieces kernel_limits smoother sensitivity novelty
+    kernel elementary measure machine influence bounds tied groups state kernels kernel_pieces kernel_limits smoother sensitivity novelty
     sketch nodes compare layout allocation stack determinism environment kill program corpus)
 list(TRANSFORM tests REPLACE "(.+)" "tests/test_\\1.c" OUTPUT_VARIABLE sources)
 pathkernel_expect("tests/test_*.c" ${sources})

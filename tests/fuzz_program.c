@@ -32,6 +32,7 @@ static inline int fuzz_no_exec(void)
 #include "../examples/program/arrays.c"
 #include "../examples/program/machine.c"
 #include "../examples/program/measure.c"
+#include "../examples/program/influence.c"
 #include "../examples/program/main.c"
 #undef main
 #undef execv

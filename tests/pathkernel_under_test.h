@@ -7,6 +7,7 @@
 #include "pathkernel/attribution/reference.h"
 #include "pathkernel/attribution/smoother.h"
 #include "pathkernel/attribution/sensitivity.h"
+#include "pathkernel/attribution/influence.h"
 #include "pathkernel/kernels/machine.h"
 #include "pathkernel/kernels/kernel.h"
 #include "pathkernel/kernels/file.h"

@@ -567,6 +567,16 @@ JOB(job_novelty)
     return status ? status : pk_false_positives(context, 2, gram, 2, diagonal, 0.95, &number);
 }
 
+JOB(job_influence)
+{
+    WITH;
+    static double influence[NET_ROWS * 64], by_step[NET_ROWS * 64 * 16], rates[NET_ROWS * 16], decay[NET_ROWS];
+    const pk_influence_options options = {.readout = PK_READOUT_LOSS, .by_step = 1, .hyperparameters = 1};
+    pk_influence out = {influence, by_step, rates, decay, NULL, 0};
+    assert_true(m->kept.examples <= 64 && m->kept.steps <= 16);
+    return pk_influences(context, &m->kept, &m->data, &options, &out);
+}
+
 JOB(job_machine)
 {
     (void)user;
@@ -1026,6 +1036,7 @@ static const struct entry {
      "pk_kernel_specialization pk_measure_gram_pair pk_measure_predictions",
      job_machine, 10},
     {"pk_kernel_novelty", job_run_novelty, 10},
+    {"pk_influences", job_influence, 10},
     {"pk_sensitivity_at pk_sensitivity_release", job_sensitivity, 10},
     {"pk_compare", job_compare, 10},
     {"pk__steps_prepare pk__steps_save_states pk__steps_visit", job_window, 0},

@@ -11,8 +11,9 @@
 #include <string.h>
 #include <unistd.h>
 
-static const program_command *const commands[] = {&train_command,   &decompose_command, &kernel_command,
-                                                  &compare_command, &machine_command,   &measure_command};
+static const program_command *const commands[] = {&train_command,    &decompose_command, &kernel_command,
+                                                  &compare_command,  &machine_command,   &measure_command,
+                                                  &influence_command};
 enum { COMMANDS = (int)(sizeof commands / sizeof *commands) };
 
 static char **program_arguments;

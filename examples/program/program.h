@@ -52,7 +52,7 @@ typedef struct program_command {
 } program_command;
 
 extern const program_command train_command, decompose_command, kernel_command, compare_command, machine_command,
-    measure_command;
+    measure_command, influence_command;
 
 /* "pathkernel train", which begins each message. */
 extern char program_name[64];
