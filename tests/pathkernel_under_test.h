@@ -1,5 +1,8 @@
-/* What the tests include: the committed single header (PATHKERNEL_TEST_AMALGAM), or the modules. */
-#ifdef PATHKERNEL_TEST_AMALGAM
+/* What the tests include: the committed single header (PATHKERNEL_TEST_AMALGAM), or the modules; a test that brings an
+ * implementation of its own, the module that it names (UNDER_TEST): to compile all of them takes minutes with sanitizers. */
+#if defined(UNDER_TEST)
+#include UNDER_TEST
+#elif defined(PATHKERNEL_TEST_AMALGAM)
 #include "pathkernel.h"
 #else
 #include "pathkernel/training/derivatives.h"

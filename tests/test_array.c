@@ -1,5 +1,6 @@
 /* Arrays in files: what NumPy writes is read and what we write is what NumPy would, bit for bit; a file that
  * is grown is whole rows at every instant; everything malformed is refused with a sentence that names it. */
+#define UNDER_TEST "pathkernel/data/dataset.h"
 #include "files.h"
 #include <errno.h>
 #include <math.h>

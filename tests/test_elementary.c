@@ -18,7 +18,9 @@ extern "C" {
 /* Static, so that the private functions can be called. */
 #define PATHKERNEL_IMPLEMENTATION
 #define PATHKERNEL_STATIC
+#define UNDER_TEST "pathkernel/math/elementary.h"
 #include "pathkernel_under_test.h"
+#include "pathkernel/base/random.h"
 
 enum { COUNT = 4096 };
 

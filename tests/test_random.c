@@ -17,6 +17,7 @@ extern "C" {
 /* Static, so that the private functions can be called. */
 #define PATHKERNEL_IMPLEMENTATION
 #define PATHKERNEL_STATIC
+#define UNDER_TEST "pathkernel/base/random.h"
 #include "pathkernel_under_test.h"
 
 /* Random123, tests/kat_vectors, "philox4x32 10": counter, key, output. */
