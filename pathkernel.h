@@ -30,7 +30,7 @@
  *
  * CONTENTS, by folders of include/pathkernel, each of which builds on those above it
  * base         status codes; what a call runs with: memory, threads, progress; counter-based random numbers
- * math         matrix products; eigenvalues and singular values
+ * math         matrix products; Cholesky's factor, eigenvalues and singular values; measures of Gram matrices and of predictions
  * data         .npy files; IDX, CSV, training data
  * network      the network language; the static graph behind a network, its operations, and how to add one; evaluation
  * training     losses, gradients of batches; products with Jacobians and second derivatives, Jacobians; update rules and their linear
@@ -40,44 +40,20 @@
  * path         rules that integrate a network along one step, exactly where it is piecewise linear
  * features     (internal) gradients of rows, their integrals along a step, and their inner products
  * attribution  pk_decompose, pk_decompose_parts, pk_decompose_plan; pk_decompose_reference: the same by its definition, slow,
- *              to read and to test with
+ *              to read and to test with; pk_compare: what cheaper rules leave of a run; pk_smooth, pk_telescope: predictions
+ *              along training; pk_sensitivity_at: how an attribution moves with the input; pk_influences: what would have
+ *              happened with other weights of the examples
  * kernels      pk_kernels, pk_kernel_file: Gram matrices of the named kernels of a run, in one pass; pk_kernel_ntk,
- *              pk_kernel_ntk_trace; pk_kernel_domingos
- *              to read and to test with; pk_smooth, pk_telescope: predictions along training; pk_sensitivity_at: how an
- *              attribution moves with the input
- * kernels      pk_kernel_ntk, pk_kernel_ntk_trace; pk_kernel_sketched: the same from few numbers a row; pk_kernel_ntk_nodes:
- *              between the nodes of a graph; pk_novelty: is a row like the training rows
- *              to read and to test with; pk_compare: what cheaper rules leave of a run
- * kernels      pk_kernel_ntk, pk_kernel_ntk_trace
+ *              pk_kernel_ntk_trace; pk_kernel_domingos; pk_kernel_sketched: from few numbers a row; pk_kernel_ntk_nodes:
+ *              between the nodes of a graph; pk_novelty: is a row like the training rows; pk_machine_fit: machines on any
+ *              Gram matrix
  * binding      pk_layout: where the fields of the structs are, for callers from other languages
- * CONTENTS
- * easy
- *   train               pk_train: the training loop, recorded
- *   decompose           pk_decompose, pk_decompose_parts; decomposition: what is asked and returned
- *   compare             pk_compare: ten rules against the exact one, on one's own run and inputs
- *   reference           pk_decompose_reference: the same by its definition, slow, to read and to test with
- *   kernel, file        pk_kernels, pk_kernel_file, pk_kernel_ntk: Gram matrices of named kernels
- *   domingos            pk_kernel_domingos: his coefficients, and the form weighted by the loss
- *   trajectory          pk_run_open: a recorded run, from here or from PyTorch
- * medium
- *   status, context     status codes; what a call runs with: memory, threads, progress
- *   array, dataset      .npy files; IDX, CSV, training data
- *   network, loss       the network language; losses and gradients of batches
- *   autodiff            products with Jacobians and Hessians, Jacobians, gradients by example
- *   optimizer           update rules, schedules, clipping, and their linear form
- *   groups              parameter groups: options and rates by tensor
- *   recorder, replay    recording from a loop of your own; runs that keep every k-th step
- * extended
- *   matrix, random      matrix products; counter-based random numbers
- *   graph, operation    the static graph behind a network; its operations, and how to add one
- *   segment, quadrature a network along one step; rules that integrate it, exactly where it is piecewise linear
- *   example, tangent    the train side and the test side of a kernel, and their inner products
- *   window              windows of steps with recomputed updates
  *
  * SWITCHES
  * PATHKERNEL_IMPLEMENTATION  compile the functions here; in exactly one source file of a program
  * PATHKERNEL_STATIC          make all functions static; then each file may have its own implementation
  * PATHKERNEL_BLIS            use BLIS for matrix products; link with -lblis -lm
+ * PATHKERNEL_LAPACK          LAPACK factorizes matrices and finds eigenvalues; link with -llapack
  * PATHKERNEL_FLOAT           float instead of double for weights and activations (sums over examples and steps, and
  *                            results, stay double): speed over digits, closures of about 1e-5. Runs of either type
  *                            are read; the weights of a float64 one are rounded, which unattributed then shows. In
@@ -32394,14 +32370,12 @@ static void pk__influence_rule(pk__influencing *m, size_t r, const pk_parameter_
     const pk_optimizer *o = pk__group_optimizer(&run->optimizer, &run->groups, range->group);
     const pk__state_layout at = pk__state_layout_of(o);
     const size_t P = m->P;
-    const int adapts = at.second != SIZE_MAX, before = form->before,
-              recorded = run->second_moments.data != NULL;
+    const int adapts = at.second != SIZE_MAX, before = form->before;
     const double sign = form->negated ? -1 : 1, real_rate = unit ? 0 : 1, given = unit ? 1 : rate;
     const double numerator = before ? 1 : form->rate;
     const double own_rate = pk__group_rate(&run->groups, range->group, given, rates);
     pk_real *lambda = m->lambda + r * P, *gamma = m->gamma + r * P, *mu = m->mu + r * m->V * P;
     const pk_real *after = m->walk.state;
-    (void)recorded;
 #define OLD(vector) m->before[at.vector * P + i]
 #define NEW(vector) after[at.vector * P + i]
     for (size_t i = range->first; i < range->first + range->count; i++) {

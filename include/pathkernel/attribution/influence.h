@@ -220,14 +220,12 @@ static void pk__influence_rule(pk__influencing *m, size_t r, const pk_parameter_
     const pk_optimizer *o = pk__group_optimizer(&run->optimizer, &run->groups, range->group);
     const pk__state_layout at = pk__state_layout_of(o);
     const size_t P = m->P;
-    const int adapts = at.second != SIZE_MAX, before = form->before,
-              recorded = run->second_moments.data != NULL;
+    const int adapts = at.second != SIZE_MAX, before = form->before;
     const double sign = form->negated ? -1 : 1, real_rate = unit ? 0 : 1, given = unit ? 1 : rate;
     const double numerator = before ? 1 : form->rate;
     const double own_rate = pk__group_rate(&run->groups, range->group, given, rates);
     pk_real *lambda = m->lambda + r * P, *gamma = m->gamma + r * P, *mu = m->mu + r * m->V * P;
     const pk_real *after = m->walk.state;
-    (void)recorded;
 #define OLD(vector) m->before[at.vector * P + i]
 #define NEW(vector) after[at.vector * P + i]
     for (size_t i = range->first; i < range->first + range->count; i++) {
