@@ -26046,10 +26046,11 @@ static pk_status pk__gram_blocks(pk__gram *gram, pk__gram_side *x, pk__gram_side
 static void pk__gram_large_pages(void *memory, size_t bytes)
 {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    enum { PAGE = 4096, LARGE = 1 << 24 };
-    if (bytes >= LARGE) {
-        const size_t skip = PAGE - (size_t)((uintptr_t)memory % PAGE);
-        (void)madvise((unsigned char *)memory + skip, (bytes - skip) / PAGE * PAGE, MADV_HUGEPAGE);
+    enum { SYSTEM_PAGE = 4096, LARGE_FACTORS = 1 << 24 };
+    if (bytes >= LARGE_FACTORS) {
+        const size_t skip = SYSTEM_PAGE - (size_t)((uintptr_t)memory % SYSTEM_PAGE);
+        (void)madvise((unsigned char *)memory + skip, (bytes - skip) / SYSTEM_PAGE * SYSTEM_PAGE,
+                      MADV_HUGEPAGE);
     }
 #else
     (void)memory, (void)bytes;

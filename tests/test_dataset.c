@@ -1,9 +1,7 @@
 /* Data sets: what CSV and IDX files hold, or the line and column that is wrong; whether data fit a network;
  * numbers as text. */
-#define UNDER_TEST "pathkernel/training/loss.h"
+#define UNDER_TEST "pathkernel/run/run.h"
 #include "files.h"
-#include "pathkernel/network/language.h"
-#include "pathkernel/training/optimizer.h"
 #include <locale.h>
 #include <math.h>
 
