@@ -224,7 +224,7 @@ static void pk__influence_rule(pk__influencing *m, size_t r, const pk_parameter_
     const double sign = form->negated ? -1 : 1, real_rate = unit ? 0 : 1, given = unit ? 1 : rate;
     const double numerator = before ? 1 : form->rate;
     const double own_rate = pk__group_rate(&run->groups, range->group, given, rates);
-    pk_real *lambda = m->lambda + r * P, *gamma = m->gamma + r * P, *mu = m->mu + r * m->V * P;
+    pk_real *lambda = m->lambda + r * P, *gamma = m->gamma + r * P, *mu = m->V ? m->mu + r * m->V * P : NULL;
     const pk_real *after = m->walk.state;
 #define OLD(vector) m->before[at.vector * P + i]
 #define NEW(vector) after[at.vector * P + i]
