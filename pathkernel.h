@@ -13509,7 +13509,7 @@ static pk_status pk__embedding_shape(pk_context *context, const pk_graph *graph,
     if (!(first + count <= all && count >= 1))
         return pk__fail(context, PK_SHAPE,
                         "embedding: a row of data has %g numbers, so tokens %g to %g are not all there", all,
-                        first, first + pk__max(count, 1) - 1);
+                        first, first + fmax(count, 1) - 1);
     if (node->attributes[PK_EMBEDDING_PADDING] > (double)tokens ||
         node->attributes[PK_EMBEDDING_OFFSET] >= (double)tokens)
         return pk__fail(context, PK_ARGUMENT, "embedding: padding is %g and offset %g; there are %zu tokens",
