@@ -2453,7 +2453,7 @@ enum { PK_BY_EXAMPLE = 1, PK_BY_GROUP = 2, PK_BY_STEP = 4, PK_BY_LAYER = 8, PK_B
 #define PK_CLOSURE_ROUNDING 1e-11
 #endif
 
-/* What stays unattributed in a run whose training is declared correctly: each step rounds the weights and its gradient, and
+/* The unattributed part that a run may have although its training is declared correctly: each step rounds the weights and its gradient, and
  * these errors add up like a random walk. Measured on runs of 12 to 1500 steps by all optimizers, dense, convolutional and
  * with attention, trained in float32: at most 30 roundings times the root of the steps (docs/numerics.md). A run is in
  * float32 if it is stored so, or if all of its last weights are float32 numbers. In float64 the limit is generous, enough
@@ -2612,8 +2612,8 @@ PK__END_C
  * form: carry, enter, gain, direct, p). Phi_s and R are large, so they go through the cache in parts: some outputs of one layer of
  * one row. With parameter groups the linear form differs by ranges of the weights.
  *
- * Of an average of the weights, T_s = c_s Phi_s + (1 - c_s) T_{s+1} stands in the place of Phi_s, with Phi_s along the average's own
- * path (run/average.h). What a state to begin with contributes is - carry_0 < R_0, m_0 >.
+ * For an average of the weights, T_s = c_s Phi_s + (1 - c_s) T_{s+1} takes the place of Phi_s, and Phi_s is taken along the
+ * path of the average (run/average.h). A state that the run begins with contributes - carry_0 < R_0, m_0 >.
  */
 
 /* pathkernel/attribution/bounds.h: how far a result may be off: bounds on single entries, and the certificate of the whole.
@@ -2782,8 +2782,8 @@ PK__END_C
  *     unattributed(x) = sum_s < Phi_s(x), D_s - sum_i D_{s,i} >          decay and inherited are two of the i here
  *     closure(x) = f(w_S, x) - f(w_0, x) - sum_i A(x, i) - unattributed(x)
  *
- * Of an average a_s of the weights (run/average.h) the same along its own path: Phi_s goes from a_s to a_{s+1}, and each D_{s,i}
- * is taken by the average as it takes D_s: d_{s,i} = c_s (e_{s,i} + D_{s,i}), e_{s+1,i} = (1 - c_s) (e_{s,i} + D_{s,i}).
+ * An average a_s of the weights (run/average.h) is decomposed in the same way along its own path: Phi_s goes from a_s to a_{s+1},
+ * and the average takes up each D_{s,i} as it takes up D_s: d_{s,i} = c_s (e_{s,i} + D_{s,i}), e_{s+1,i} = (1 - c_s) (e_{s,i} + D_{s,i}).
  *
  * pk_decompose carries the test side backward in time instead, and chooses the nodes of the integral itself.
  */
@@ -27962,7 +27962,7 @@ PK_API size_t pk_strongest(const double *values, size_t count, int sign, size_t 
 
 /* ---- results --------------------------------------------------------------------------------------- */
 
-/* Whether value is worse than worst; a NaN is the worst of all. */
+/* 1 if value is worse than worst. NaN is worse than any number. */
 PK__PRIVATE int pk__worse(double value, double worst)
 {
     return !(value <= worst) && !isnan(worst);
@@ -28937,7 +28937,7 @@ static void pk__plan_cost(const pk__job *job, size_t rows, pk_plan *plan)
         plan->seconds_examples + plan->seconds_again + plan->seconds_test + plan->seconds_contraction;
 }
 
-/* What a plan has to fit, and the best plan so far. */
+/* The limits that a plan has to keep, and the best plan so far. */
 typedef struct pk__choice {
     size_t rows, row_bytes, available, least;
     int by_pass;
@@ -32007,7 +32007,7 @@ static void pk__sensing_back(pk__sensing *m, size_t s)
     }
 }
 
-/* What the state before step 0 contributes: m_1 = carry_0 m_0, and on to all steps by R_0. */
+/* Adds the part of the state that the run begins with: it enters m_1 as carry_0 m_0, and from there all later steps, through R_0. */
 static void pk__sensing_inherited(pk__sensing *m)
 {
     const size_t P = m->run->parameters;
@@ -32244,9 +32244,9 @@ typedef struct pk__influencing {
     pk_real *raw;                     /* P: the batch's gradient without its scale */
     pk_real *lambda, *gamma, *curved; /* M x P, M x P, P */
     pk_real *mu;                      /* M x V x P */
-    pk_real *gradients;               /* examples x P */
-    pk_real *products;                /* M x examples */
-    double *weights, *inner;          /* of a batch; M x batch: <gamma, grad l> */
+    pk_real *gradients; /* examples x P: of the last part of the batch that pk__influence_walk went through */
+    pk_real *products;  /* M x examples */
+    double *weights, *inner; /* of a batch; M x batch: <gamma, grad l> */
 } pk__influencing;
 
 /* Where a rule's vectors stand in its state; SIZE_MAX: it has none. And how its second moments move. */
@@ -32465,8 +32465,9 @@ static pk_status pk__influence_examples(pk__influencing *m, size_t s, const pk_b
     for (size_t first = 0; first < batch->count && !status; first += PK__INFLUENCE_EXAMPLES) {
         const size_t count = pk__min((size_t)PK__INFLUENCE_EXAMPLES, batch->count - first);
         const pk_batch part = {count, batch->items + first, NULL};
-        status = pk_loss_gradients_with(m->context, &run->graph, &run->criterion, m->w, &run->train, &part,
-                                        NULL, pk_matrix_view(m->gradients, count, P));
+        if (count < batch->count) /* else they are there, from the walk */
+            status = pk_loss_gradients_with(m->context, &run->graph, &run->criterion, m->w, &run->train, &part,
+                                            NULL, pk_matrix_view(m->gradients, count, P));
         if (status)
             break;
         pk__gemm(0, 1, m->M, count, P, 1, m->gamma, P, m->gradients, P, 0, m->products, count);

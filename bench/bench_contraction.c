@@ -81,7 +81,7 @@ static void add_products(block *b, const pk__points *points)
     product->seconds += pk__seconds() - start;
 }
 
-/* What of a step belongs to the layers whose Phi was materialized. */
+/* The part of a step's work in the layers whose Phi was materialized. */
 static void add_materialized(const job *j, block *b)
 {
     for (size_t l = 0; l < j->graph.layers; l++)

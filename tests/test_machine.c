@@ -1,32 +1,8 @@
 /* Kernel machines: published and independently computed values; conditions of the minimum written out here; every row left out in
  * turn; degenerate data; what is refused. */
-#include "fixture.h"
+#include "gram_anchor.h"
 
-enum { ROWS = 8 };
-
-/* The infinitely wide ReLU network's tangent kernel of 8 rows, and +1 and -1 for them. */
-static void anchor(double x[ROWS][3], double *tangent, double *linear, double *signs)
-{
-    static const double y[ROWS] = {1, -1, 1, 1, -1, -1, 1, -1};
-    const double pi = acos(-1.0);
-    for (int i = 0; i < ROWS; i++)
-        for (int j = 0; j < 3; j++)
-            x[i][j] = sin(1 + 3 * i + 2 * j + 0.5 * i * j);
-    for (int i = 0; i < ROWS; i++)
-        for (int j = 0; j < ROWS; j++) {
-            double xx = 0, yy = 0, xy = 0;
-            for (int k = 0; k < 3; k++) {
-                xx += x[i][k] * x[i][k] / 3;
-                yy += x[j][k] * x[j][k] / 3;
-                xy += x[i][k] * x[j][k] / 3;
-            }
-            const double scale = sqrt(xx * yy), u = i == j ? 1 : xy / scale, r = i == j ? 0 : sqrt(1 - u * u),
-                         angle = i == j ? 0 : atan2(r, u);
-            linear[i * ROWS + j] = xy;
-            tangent[i * ROWS + j] = scale * 2 * (u * (pi - angle) + r) / pi + 2 * xy * (pi - angle) / pi;
-        }
-    memcpy(signs, y, sizeof y);
-}
+enum { ROWS = ANCHOR_ROWS };
 
 static pk_array numbers(const double *data, size_t rows, size_t cols)
 {
@@ -44,11 +20,11 @@ static void test_anchors(void **state)
     static const double logistic[2][4] = {
         {.35323791219071, -.98644303242279, 3.24007938068677, 2.226270548453239},
         {1.92763108229241, -1.32238554447807, .85481226142200, 1.7938665609733966}};
-    double x[ROWS][3], k[ROWS * ROWS], g[ROWS * ROWS], y[ROWS];
+    double k[ROWS * ROWS], g[ROWS * ROWS], y[ROWS];
     pk_context context = {0};
     pk_machine m;
     (void)state;
-    anchor(x, k, g, y);
+    gram_anchor(k, g, y);
     assert_close(k[0], 2.196698719315486, 1e-14);
     const pk_array targets = numbers(y, ROWS, 0);
     const pk_machine_options ridge = {.loss = PK_MACHINE_SQUARED, .regularization = .1};

@@ -158,7 +158,8 @@ static const program_option decompose_options[] = {
     {"--recover", NULL, 0, PLACE(recover), parse_flag, NULL,
      "open a run whose files differ by more than a kill leaves, up to the shortest file", NULL},
     {"--tolerance", "T", 0, PLACE(options.tolerance), parse_positive, "a positive number",
-     "of closure / the row's largest contribution; default 1e-10 (built in float: 1e-3); a looser one saves most where\n"
+     "of closure / the row's largest contribution; default 1e-10 (built in float: 1e-3); a looser one saves "
+     "most where\n"
      "a network has kinks: the first thing to turn when a job is too long",
      NULL},
     {"--bounds", NULL, 0, PLACE(options.bounds), parse_flag, NULL,
@@ -564,7 +565,7 @@ static double tried_seconds(task *job, double tolerance, const pk_real *input)
     options.tolerance = tolerance;
     if (pk_run_until(&job->context, &few, TRIED_STEPS) != PK_OK)
         return -1;
-    /* What the closure and unattributed parts of these steps are, the job itself will tell. */
+    /* The closure and what is unattributed are reported by the job itself, not by this trial. */
     const pk_status status = pk_decompose(
         &job->context, &few, pk_matrix_view((pk_real *)input, 1, few.graph.input_width), &options, &tried);
     const int done = status == PK_OK || status == PK_NOT_CLOSED || status == PK_UNATTRIBUTED;
@@ -583,7 +584,8 @@ static double tried_seconds(task *job, double tolerance, const pk_real *input)
 static void print_tried(task *job)
 {
     const pk_decompose_options *options = &job->set->options;
-    const double own = options->tolerance > 0 ? options->tolerance : PK_TOLERANCE, loose = fmax(1e-3, PK_TOLERANCE);
+    const double own = options->tolerance > 0 ? options->tolerance : PK_TOLERANCE,
+                 loose = fmax(1e-3, PK_TOLERANCE);
     char time[32], other[32];
     pk_real *input = NULL;
     if (!job->set->verbose || options->quadrature.rule != PK_RULE_AUTO || !job->run.graph.switched ||
@@ -602,8 +604,8 @@ static void print_tried(task *job)
     pk_release(&job->context, input);
     job->context.progress = progress;
     if (seconds[0] >= 0)
-        fprintf(stderr, "%s: plan: tried on the first input and %d steps: about %s at --tolerance %g", program_name,
-                (int)TRIED_STEPS, duration(seconds[0], time), own);
+        fprintf(stderr, "%s: plan: tried on the first input and %d steps: about %s at --tolerance %g",
+                program_name, (int)TRIED_STEPS, duration(seconds[0], time), own);
     if (seconds[0] >= 0 && seconds[1] >= 0)
         fprintf(stderr, ", %s at %g", duration(seconds[1], other), loose);
     if (seconds[0] >= 0)

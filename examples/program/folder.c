@@ -178,7 +178,7 @@ static int prepare_links(program_folder *job)
     return good;
 }
 
-/* Whether the new results replace older ones. If so, they are synchronized to the disk before the names change. */
+/* 1 where the new results replace older ones: then they are synchronized to the disk before the names change. */
 static int reach_disk(program_folder *job)
 {
     const int folder = job->descriptor - 1;
@@ -275,4 +275,16 @@ int folder_write(program_folder *folder, pk_context *context, const char *name, 
     const pk_status status = pk_array_write(context, path, PK_FLOAT64, rank, shape, data);
     free(path);
     return status ? refuse("--out: %s", pk_message(context)) : PROGRAM_GO_ON;
+}
+
+void print_folder(const program_folder *folder, const pk_context *context, double begin)
+{
+    const int threads = pk_threads(context);
+    char took[32];
+    printf("time         %s, %d thread%s\n", duration(program_seconds() - begin, took), threads,
+           threads == 1 ? "" : "s");
+    printf("results      %s:", folder->path);
+    for (size_t i = 0; i < folder->count; i++)
+        printf(" %.*s", (int)strcspn(folder->files[i].name, "."), folder->files[i].name);
+    printf("\n");
 }

@@ -149,19 +149,13 @@ static int fill_influence_folder(influence_job *job)
 
 static void print_influences(const influence_job *job)
 {
-    char took[32];
     printf("run          %s: %s, %zu steps, %zu examples; %zu inputs of %s\n", job->set->run,
            job->run.graph.text ? job->run.graph.text : "", job->run.steps, job->run.examples,
            job->rows.inputs.shape[0], job->set->inputs);
     if (job->result.without_root)
         printf("without root %zu weights and steps whose second moment is 0: their direct part is taken\n",
                job->result.without_root);
-    printf("time         %s, %d thread%s\n", duration(program_seconds() - job->progress.begin, took),
-           pk_threads(&job->context), pk_threads(&job->context) == 1 ? "" : "s");
-    printf("results      %s:", job->set->out);
-    for (size_t i = 0; i < job->folder.count; i++)
-        printf(" %.*s", (int)strcspn(job->folder.files[i].name, "."), job->folder.files[i].name);
-    printf("\n");
+    print_folder(&job->folder, &job->context, job->progress.begin);
 }
 
 static int find_influences(influence_job *job)

@@ -319,7 +319,7 @@ static int read_side(kernel_job *job, int right)
     return PROGRAM_GO_ON;
 }
 
-/* Whether two names are of the same file. */
+/* 1 if both names lead to the same file. */
 static int same_file(const char *a, const char *b)
 {
     struct stat one, other;

@@ -2,7 +2,7 @@
  *
  *     pathkernel machine --gram K.npy --targets Y.npy --loss LOSS --regularization L --out DIR [options]      (--help lists them)
  *
- * What is minimized, and how, stands in kernels/machine.h. Exit status: 0 done, 1 done but the certificate exceeds the tolerance, 2
+ * kernels/machine.h says what is minimized, and how. Exit status: 0 done, 1 done but the certificate exceeds the tolerance, 2
  * anything else, with one line on standard error.
  */
 #include "program.h"
@@ -20,6 +20,7 @@ typedef struct machine_settings {
 
 typedef struct machine_job {
     const machine_settings *set;
+    pk_machine_options options; /* of the settings, with the rounding of the matrix's numbers */
     pk_context context;
     double *gram, *test, *diagonal, *numbers; /* numbers: of what is written */
     size_t rows, tests;
@@ -94,7 +95,7 @@ static int read_machine_inputs(machine_job *job)
                         set->gram, job->rows, cols);
     /* Numbers that were stored in 32 bits are rounded to them. */
     if (type == PK_FLOAT32 && status < 0)
-        ((machine_settings *)(uintptr_t)set)->options.rounding = 1e-6;
+        job->options.rounding = 1e-6;
     if (status < 0 && pk_array_map(context, set->targets, 0, &job->targets) != PK_OK)
         status = refuse("--targets: %s", pk_message(context));
     if (status < 0 && set->test) {
@@ -189,7 +190,6 @@ static void print_machine(const machine_job *job)
               dual = m->options.loss >= PK_MACHINE_HINGE && m->options.loss <= PK_MACHINE_EPSILON_INSENSITIVE;
     double objective = 0;
     size_t support = 0;
-    char took[32];
     for (size_t k = 0; k < m->outputs; k++)
         objective += m->objective[k];
     printf("machine      %s%s, %zu rows, %zu output%s, regularization %g%s\n",
@@ -215,20 +215,14 @@ static void print_machine(const machine_job *job)
     }
     if (dual)
         printf("support      %zu of %zu rows\n", support, m->rows);
-    printf("time         %s, %d thread%s\n", duration(program_seconds() - job->progress.begin, took),
-           pk_threads(&job->context), pk_threads(&job->context) == 1 ? "" : "s");
-    printf("results      %s:", job->set->out);
-    for (size_t i = 0; i < job->folder.count; i++)
-        printf(" %.*s", (int)strcspn(job->folder.files[i].name, "."), job->folder.files[i].name);
-    printf("\n");
+    print_folder(&job->folder, &job->context, job->progress.begin);
 }
 
 static int fill_machine_folder(machine_job *job, pk_status *fitted)
 {
     if (!folder_prepare(&job->folder))
         return refuse("%s", job->folder.problem);
-    *fitted =
-        pk_machine_fit(&job->context, job->rows, job->gram, &job->targets, &job->set->options, &job->machine);
+    *fitted = pk_machine_fit(&job->context, job->rows, job->gram, &job->targets, &job->options, &job->machine);
     clear_line();
     if (*fitted && *fitted != PK_NOT_CLOSED)
         return refuse("%s%s", *fitted == PK_MEMORY_LIMIT ? "--memory: " : "", pk_message(&job->context));
@@ -277,6 +271,7 @@ static int run_machine(const program_command *command, int count, char **argumen
     if (status >= 0)
         return status;
     job.set = &set;
+    job.options = set.options;
     start_job(&job.context, &job.progress, set.threads, set.verbose);
     status = fit_machine(&job);
     pk_machine_release(&job.context, &job.machine);

@@ -160,6 +160,8 @@ void folder_close(program_folder *folder, int keep);
 /* Writes an array of float64 as NAME.part. PROGRAM_GO_ON or PROGRAM_FAILED. */
 int folder_write(program_folder *folder, pk_context *context, const char *name, int rank, const size_t *shape,
                  const double *data);
+/* The last lines of a report: the time since `begin`, and what is in the folder. */
+void print_folder(const program_folder *folder, const pk_context *context, double begin);
 /* A path in the folder; NULL where there is no memory. The caller frees it. */
 char *folder_path(const program_folder *folder, const char *name, const char *suffix);
 

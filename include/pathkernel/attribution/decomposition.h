@@ -23,7 +23,7 @@ enum { PK_BY_EXAMPLE = 1, PK_BY_GROUP = 2, PK_BY_STEP = 4, PK_BY_LAYER = 8, PK_B
 #define PK_CLOSURE_ROUNDING 1e-11
 #endif
 
-/* What stays unattributed in a run whose training is declared correctly: each step rounds the weights and its gradient, and
+/* The unattributed part that a run may have although its training is declared correctly: each step rounds the weights and its gradient, and
  * these errors add up like a random walk. Measured on runs of 12 to 1500 steps by all optimizers, dense, convolutional and
  * with attention, trained in float32: at most 30 roundings times the root of the steps (docs/numerics.md). A run is in
  * float32 if it is stored so, or if all of its last weights are float32 numbers. In float64 the limit is generous, enough
@@ -149,7 +149,7 @@ PK_API size_t pk_strongest(const double *values, size_t count, int sign, size_t 
 
 /* ---- results --------------------------------------------------------------------------------------- */
 
-/* Whether value is worse than worst; a NaN is the worst of all. */
+/* 1 if value is worse than worst. NaN is worse than any number. */
 PK__PRIVATE int pk__worse(double value, double worst)
 {
     return !(value <= worst) && !isnan(worst);

@@ -93,9 +93,9 @@ typedef struct pk__influencing {
     pk_real *raw;                     /* P: the batch's gradient without its scale */
     pk_real *lambda, *gamma, *curved; /* M x P, M x P, P */
     pk_real *mu;                      /* M x V x P */
-    pk_real *gradients;               /* examples x P */
-    pk_real *products;                /* M x examples */
-    double *weights, *inner;          /* of a batch; M x batch: <gamma, grad l> */
+    pk_real *gradients; /* examples x P: of the last part of the batch that pk__influence_walk went through */
+    pk_real *products;  /* M x examples */
+    double *weights, *inner; /* of a batch; M x batch: <gamma, grad l> */
 } pk__influencing;
 
 /* Where a rule's vectors stand in its state; SIZE_MAX: it has none. And how its second moments move. */
@@ -314,8 +314,9 @@ static pk_status pk__influence_examples(pk__influencing *m, size_t s, const pk_b
     for (size_t first = 0; first < batch->count && !status; first += PK__INFLUENCE_EXAMPLES) {
         const size_t count = pk__min((size_t)PK__INFLUENCE_EXAMPLES, batch->count - first);
         const pk_batch part = {count, batch->items + first, NULL};
-        status = pk_loss_gradients_with(m->context, &run->graph, &run->criterion, m->w, &run->train, &part,
-                                        NULL, pk_matrix_view(m->gradients, count, P));
+        if (count < batch->count) /* else they are there, from the walk */
+            status = pk_loss_gradients_with(m->context, &run->graph, &run->criterion, m->w, &run->train, &part,
+                                            NULL, pk_matrix_view(m->gradients, count, P));
         if (status)
             break;
         pk__gemm(0, 1, m->M, count, P, 1, m->gamma, P, m->gradients, P, 0, m->products, count);

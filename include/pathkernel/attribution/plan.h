@@ -280,7 +280,7 @@ static void pk__plan_cost(const pk__job *job, size_t rows, pk_plan *plan)
         plan->seconds_examples + plan->seconds_again + plan->seconds_test + plan->seconds_contraction;
 }
 
-/* What a plan has to fit, and the best plan so far. */
+/* The limits that a plan has to keep, and the best plan so far. */
 typedef struct pk__choice {
     size_t rows, row_bytes, available, least;
     int by_pass;

@@ -10,8 +10,8 @@
  * form: carry, enter, gain, direct, p). Phi_s and R are large, so they go through the cache in parts: some outputs of one layer of
  * one row. With parameter groups the linear form differs by ranges of the weights.
  *
- * Of an average of the weights, T_s = c_s Phi_s + (1 - c_s) T_{s+1} stands in the place of Phi_s, with Phi_s along the average's own
- * path (run/average.h). What a state to begin with contributes is - carry_0 < R_0, m_0 >.
+ * For an average of the weights, T_s = c_s Phi_s + (1 - c_s) T_{s+1} takes the place of Phi_s, and Phi_s is taken along the
+ * path of the average (run/average.h). A state that the run begins with contributes - carry_0 < R_0, m_0 >.
  */
 #ifndef PATHKERNEL_RECURRENCE_H
 #define PATHKERNEL_RECURRENCE_H

@@ -10,8 +10,8 @@
  *     unattributed(x) = sum_s < Phi_s(x), D_s - sum_i D_{s,i} >          decay and inherited are two of the i here
  *     closure(x) = f(w_S, x) - f(w_0, x) - sum_i A(x, i) - unattributed(x)
  *
- * Of an average a_s of the weights (run/average.h) the same along its own path: Phi_s goes from a_s to a_{s+1}, and each D_{s,i}
- * is taken by the average as it takes D_s: d_{s,i} = c_s (e_{s,i} + D_{s,i}), e_{s+1,i} = (1 - c_s) (e_{s,i} + D_{s,i}).
+ * An average a_s of the weights (run/average.h) is decomposed in the same way along its own path: Phi_s goes from a_s to a_{s+1},
+ * and the average takes up each D_{s,i} as it takes up D_s: d_{s,i} = c_s (e_{s,i} + D_{s,i}), e_{s+1,i} = (1 - c_s) (e_{s,i} + D_{s,i}).
  *
  * pk_decompose carries the test side backward in time instead, and chooses the nodes of the integral itself.
  */

@@ -175,7 +175,7 @@ static void pk__sensing_back(pk__sensing *m, size_t s)
     }
 }
 
-/* What the state before step 0 contributes: m_1 = carry_0 m_0, and on to all steps by R_0. */
+/* Adds the part of the state that the run begins with: it enters m_1 as carry_0 m_0, and from there all later steps, through R_0. */
 static void pk__sensing_inherited(pk__sensing *m)
 {
     const size_t P = m->run->parameters;
